@@ -397,3 +397,18 @@ def _leave_late() -> None:
 def _print(text: str) -> None:
     with contextlib.suppress(OSError, ValueError):
         print(text, file=sys.stderr, flush=True)
+
+
+def end_with_parent() -> None:
+    """End this process when its parent ends, which may be killed; call it first in a child.
+
+    A thread waits for the parent, since the main thread may hang in a call.
+    """
+    parent = multiprocessing.parent_process()
+
+    def wait() -> None:
+        if parent is not None:
+            parent.join()
+        os._exit(BUG)
+
+    threading.Thread(target=wait, name="end-with-parent", daemon=True).start()

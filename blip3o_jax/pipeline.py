@@ -21,12 +21,12 @@ from flax import nnx
 from blip3o_jax.blip3o import Blip3o
 from blip3o_jax.config import Config, MeshConfig, SamplingConfig, UserError, check
 from blip3o_jax.data import images
+from blip3o_jax.data.sequence import padded_length, padded_prompts
 from blip3o_jax.data.template import PromptTokens, make_prompt
 from blip3o_jax.parallel.rules import Strategy
 from blip3o_jax.progress import Progress
 from blip3o_jax.samples import check_images_out, write_images
 from blip3o_jax.sampling_programs import (
-    LENGTH_BUCKET,
     make_image_sampler,
     make_text_sampler,
     to_uint8,
@@ -214,7 +214,7 @@ class Pipeline:
             raise UserError("no prompt given: pass at least one")
         prompts = [self._prompt(request, room) for request in requests]
         # One length for all batches of the call, so that sizes alone compile further programs.
-        length = -(-max(len(prompt.ids) for prompt in prompts) // LENGTH_BUCKET) * LENGTH_BUCKET
+        length = padded_length(max(len(prompt.ids) for prompt in prompts))
         has_references = any(request.images for request in requests)
         sizes: dict[tuple[int, int], list[int]] = {}
         for i, request in enumerate(requests):
@@ -224,12 +224,10 @@ class Pipeline:
             for start in range(0, len(chosen), batch_size):
                 rows = chosen[start : start + batch_size]
                 padded = rows + rows[-1:] * (batch_size - len(rows))
-                tokens_BL = np.zeros((batch_size, length), np.int32)
-                for row, i in zip(tokens_BL, padded, strict=True):
-                    row[: len(prompts[i].ids)] = prompts[i].ids
+                tokens_BL, lengths_B = padded_prompts([prompts[i].ids for i in padded], length)
                 batch: dict[str, Any] = {
                     "tokens_BL": tokens_BL,
-                    "lengths_B": np.array([len(prompts[i].ids) for i in padded], np.int32),
+                    "lengths_B": lengths_B,
                     # Indices into the caller's sequence, not the batch: an image's random numbers
                     # do not depend on which requests share its batch.
                     "indices_B": np.array(padded, np.uint32) + np.uint32(first_index),

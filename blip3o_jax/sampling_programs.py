@@ -21,9 +21,6 @@ from blip3o_jax.parallel.rules import Strategy
 from blip3o_jax.rows import insert_references
 from blip3o_jax.text.vocabulary import Vocabulary, codes_from_image_ids, image_ids_from_codes
 
-# Prompts are padded to a multiple of this number of tokens, so that few lengths are compiled.
-LENGTH_BUCKET = 32
-
 
 def make_image_sampler(
     graphdef: Any, strategy: Strategy, image_ids: tuple[int, int]

@@ -95,16 +95,12 @@ ONCE = {
     ),
     r"unicode_escape": ("config/errors.py",),
     # `files.replacing` leaves the old file or the new one, on disk. Others: conversions, whose
-    # directory gets its name last; reports of measurements; locks; logs that are appended to.
+    # directory gets its name last; measurements; locks; logs that are appended to.
     r"""\.write_(bytes|text)\(|np\.save\(|(?<!tarfile\.)open\([^)\n]*["'][wxa]b?["']""": (
-        "bench/peer/report.py",
+        "bench/isolated_process.py",
         "bench/peer/worker.py",
         "bench/random_model.py",
-        "bench/rl_step.py",
-        "bench/sharding/anchors.py",
         "bench/sharding/compiled_step.py",
-        "bench/sharding/grid.py",
-        "bench/sharding/isolated_process.py",
         "convert/directory.py",
         "convert/tensor_files.py",
         "convert/text_files.py",

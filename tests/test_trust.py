@@ -244,7 +244,7 @@ def test_no_file_is_unpickled():
     """Check that no file is read by pickle, which processes of this package use between each other;
     PyTorch's files are read as weights alone."""
     package = pathlib.Path(cli.__file__).parent.parent
-    own = {"rl/rewards/processes.py", "bench/sharding/isolated_process.py"}
+    own = {"rl/rewards/processes.py", "bench/isolated_process.py"}
     for file in package.rglob("*.py"):
         for call in (
             node

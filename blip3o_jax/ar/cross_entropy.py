@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from blip3o_jax import nn
+from blip3o_jax.ar.logits import scan_blocks
 
 
 def cross_entropy(
@@ -33,7 +34,7 @@ def cross_entropy(
     number are dropped. Logits are float32, since bfloat16 has a resolution of 0.06 at a loss of 11
     nats. Columns of the head past `vocab_size` are padding and have probability 0.
     """
-    B, L, _ = hidden_BLD.shape
+    L = hidden_BLD.shape[1]
     # M is static: the number of labels that a row's layout allows, not the number that this batch
     # has.
     M = min(max_labels or L, L)
@@ -41,20 +42,10 @@ def cross_entropy(
     # Only the vocabulary stays sharded, the width is gathered: a block then computes its logits
     # without communication, and the softmax reduces over the shards.
     head_DV = nn.constrain(head_DV.astype(hidden_BLD.dtype), None, "act_vocab")
-    blocks = -(-M // chunk)
-    # The smallest equal blocks of this number, rounded up to the shards of a row.
-    among = nn.shards("length")
-    chunk = -(-M // (blocks * among)) * among
-    pad = blocks * chunk - M
-
-    def cut(x: jax.Array) -> jax.Array:
-        # Padding has mask False, so that its loss is not counted.
-        x = jnp.pad(x, ((0, 0), (0, pad)) + ((0, 0),) * (x.ndim - 2))
-        return jnp.moveaxis(x.reshape(B, blocks, chunk, *x.shape[2:]), 1, 0)
 
     def block(
         hidden_BCD: jax.Array, labels_BC: jax.Array, mask_BC: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
+    ) -> tuple[tuple[jax.Array, jax.Array], None]:
         logits_BCV = jnp.einsum(
             "bcd,dv->bcv", hidden_BCD, head_DV, preferred_element_type=jnp.float32
         )
@@ -65,17 +56,9 @@ def cross_entropy(
         right_BC = jnp.argmax(logits_BCV, axis=-1) == labels_BC
         at_label_BC = jnp.take_along_axis(logits_BCV, labels_BC[..., None], axis=-1)[..., 0]
         loss_BC = jax.nn.logsumexp(logits_BCV, axis=-1) - at_label_BC
-        return jnp.sum(jnp.where(mask_BC, loss_BC, 0.0)), jnp.sum(
-            jnp.where(mask_BC, right_BC, False).astype(jnp.float32)
-        )
-
-    def body(
-        totals: tuple[jax.Array, jax.Array], inputs: tuple[jax.Array, ...]
-    ) -> tuple[tuple[jax.Array, jax.Array], None]:
-        # Recomputing one block would repeat all of the head's FLOPs and save nothing, since its
-        # logits are alive in the backward pass in either case.
-        loss, right = (block if blocks == 1 else jax.checkpoint(block))(*inputs)
-        return (totals[0] + loss, totals[1] + right), None
+        loss = jnp.sum(jnp.where(mask_BC, loss_BC, 0.0))
+        right = jnp.sum(jnp.where(mask_BC, right_BC, False).astype(jnp.float32))
+        return (loss, right), None
 
     with jax.named_scope("cross_entropy"):
         start = (jnp.zeros((), jnp.float32), jnp.zeros((), jnp.float32))
@@ -93,4 +76,6 @@ def cross_entropy(
                 take(labels_BL, labelled_first_BM),
                 take(mask_BL, labelled_first_BM),
             )
-        return jax.lax.scan(body, start, tuple(map(cut, inputs)))[0]
+        # Zeros that pad a block have mask False, so that their loss is not counted.
+        totals, _ = scan_blocks(block, inputs, start, chunk=chunk, multiple=nn.shards("length"))
+        return totals

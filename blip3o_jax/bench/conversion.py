@@ -7,7 +7,7 @@ reads and writes the same files.
 """
 
 import dataclasses
-import multiprocessing
+import functools
 import os
 import pathlib
 import platform
@@ -15,13 +15,13 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
+from blip3o_jax.bench.isolated_process import run_isolated
 from blip3o_jax.bench.random_model import write_random_model
-from blip3o_jax.config import ModelConfig, UserError
+from blip3o_jax.config import ModelConfig, UserError, check
 from blip3o_jax.convert.directory import check_space
 from blip3o_jax.convert.memory import PeakMemory
 from blip3o_jax.convert.weight_files import read_weights
@@ -52,7 +52,7 @@ def run(
         write_random_model(source, model, dtype=dtype)
         size = sum(file.stat().st_size for file in source.glob("*.safetensors"))
         check_space(source, 2 * size)
-        calls: dict[str, tuple[Callable[..., dict[str, float]], tuple[pathlib.Path, ...]]] = {
+        calls: dict[str, tuple[Any, tuple[pathlib.Path, ...]]] = {  # function, its arguments
             "plain read": (_plain_read, (source,)),
             "import": (_import, (source, checkpoint)),
             "plain read and write": (_plain_copy, (source, plain)),
@@ -60,7 +60,9 @@ def run(
         }
         for name, (call, paths) in calls.items():
             print(f"{name} ...", file=sys.stderr)
-            rows[name] = _in_subprocess(call, *paths) | {"bytes": size}
+            row = run_isolated(functools.partial(call, *paths), {}, name)
+            check("error" not in row, f"{name}: {row.get('error')}")
+            rows[name] = row | {"bytes": size}
             shutil.rmtree(plain, ignore_errors=True)
         equal = _equal(source, exported)
     report = {
@@ -94,12 +96,6 @@ def print_table(report: dict[str, Any]) -> None:
         )
     Console().print(table)
     print(f"{report['tensors_equal']} tensors, the same bits in source and export")
-
-
-def _in_subprocess(work: Callable[..., dict[str, float]], *args: Any) -> dict[str, float]:
-    """Return what `work` returns in a new process, so that its memory is its own."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(work, args)
 
 
 def _import(source: pathlib.Path, out: pathlib.Path) -> dict[str, float]:

@@ -16,7 +16,6 @@ The two alternate, each on its own copy of the state.
 """
 
 import dataclasses
-import json
 import pathlib
 import tempfile
 import time
@@ -29,15 +28,15 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from blip3o_jax import nn
+from blip3o_jax import files, nn
 from blip3o_jax.ar.logits import project
 from blip3o_jax.ar.sampling import guided_logits
 from blip3o_jax.bench.peer.report import machine
 from blip3o_jax.blip3o import Blip3o
 from blip3o_jax.config import Config, RlConfig, UserError
-from blip3o_jax.data.loader import global_batch
 from blip3o_jax.data.prompts import read_prompts
 from blip3o_jax.dit import sampler
+from blip3o_jax.parallel.batches import global_batch
 from blip3o_jax.parallel.rules import Strategy
 from blip3o_jax.provenance import provenance
 from blip3o_jax.rl import grpo, method, reward_batch, rollout_programs
@@ -181,7 +180,7 @@ def bench(config: Config, out: pathlib.Path, *, rounds: int, command: str) -> di
         "max": float(ratios.max()),
     }
     out.mkdir(parents=True, exist_ok=True)
-    (out / "rl.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    files.write_json(out / "rl.json", report)
     return report
 
 

@@ -15,12 +15,8 @@ reports to the loader which records were skipped for it.
 
 import dataclasses
 import functools
-import multiprocessing
-import os
-import queue
 import signal
 import sys
-import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -28,15 +24,13 @@ from typing import Any
 
 import numpy as np
 
+from blip3o_jax import exits
 from blip3o_jax.config import DataConfig, UserError
 from blip3o_jax.data.reader import Join, Reader, Transform
 from blip3o_jax.data.record import Source
 from blip3o_jax.data.skipped_record_log import SkippedRecordLog
 
 HostBatch = dict[str, Any]  # arrays of the rows that this host reads
-
-# Seconds that a thread may take to end when the loader is closed.
-SHUTDOWN_TIMEOUT = 10.0
 
 
 class Loader(Iterator[HostBatch]):
@@ -54,7 +48,8 @@ class Loader(Iterator[HostBatch]):
         It must pickle, and each host must give rows of the same shapes.
       data: batch_size, pack, workers, prefetch, shuffle, too_long and max_bad_fraction are used.
         With 0 workers, threads do the work.
-      rows: which rows of a global batch this host reads (`host_rows`); all by default.
+      rows: which rows of a global batch this host reads (`parallel.batches.host_rows`); all by
+        default.
       join: joins the arrays and records of `data.pack` consecutive examples into those of one row,
         or raises RowTooLong; required if `data.pack` > 1. It must pickle.
     """
@@ -316,96 +311,4 @@ def _start_worker(index: int, count: int) -> None:
     """
     del index, count
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None  # this runs in worker processes only
-    parent.join()
-    os._exit(1)
-
-
-def host_rows(sharding: Any, batch_rows: int) -> list[int]:
-    """Return the rows of a global batch that `sharding` (a `jax.sharding.Sharding` over the batch
-    axis) puts on this host's devices. On a torus they need not be adjacent, and each of several
-    hosts that share a row (along mesh axes `tensor`, `sequence`) reads it.
-    """
-    spans = sharding.addressable_devices_indices_map((batch_rows,)).values()
-    return sorted({row for (span,) in spans for row in range(*span.indices(batch_rows))})
-
-
-def global_batch(
-    host_batch: HostBatch, sharding: Any, rows: Sequence[int], batch_rows: int
-) -> dict[str, Any]:
-    """Return global arrays [batch_rows, ...], sharded by `sharding`; this host provides `rows`."""
-    import jax
-
-    first = {row: position for position, row in enumerate(rows)}
-
-    def globally(values: np.ndarray) -> Any:
-        def shard(index: tuple[slice, ...] | None) -> np.ndarray:
-            assert index is not None
-            start, stop, _ = index[0].indices(batch_rows)
-            return values[first[start] : first[start] + stop - start]
-
-        return jax.make_array_from_callback((batch_rows, *values.shape[1:]), sharding, shard)
-
-    return {name: globally(values) for name, values in host_batch.items()}
-
-
-class DevicePrefetch(Iterator[dict[str, Any]]):
-    """Prefetch up to `depth` of the loader's batches as global arrays in a background thread.
-
-    `wait_seconds` is how long the last `next` waited for data, `state()` the position after the
-    batch it returned.
-    """
-
-    def __init__(self, loader: Loader, sharding: Any, depth: int = 2) -> None:
-        self._loader = loader
-        self._sharding = sharding
-        self._queue: queue.Queue[tuple[Any, Any]] = queue.Queue(depth)
-        self._stop = threading.Event()
-        self._state = loader.state()
-        self.wait_seconds = 0.0
-        self._thread = threading.Thread(target=self._fill, name="device-prefetch", daemon=True)
-        self._thread.start()
-
-    def _fill(self) -> None:
-        while not self._stop.is_set():
-            try:
-                loader = self._loader
-                item: tuple[dict[str, Any] | Exception, dict[str, Any] | None] = (
-                    global_batch(next(loader), self._sharding, loader.rows, loader.batch_rows),
-                    loader.state(),
-                )
-            except Exception as error:  # raised again where the batch is awaited
-                item = (error, None)
-                self._stop.set()
-            self._queue.put(item)
-
-    def __next__(self) -> dict[str, Any]:
-        began = time.perf_counter()
-        batch, state = self._queue.get()
-        if state is None:
-            self._queue.put((batch, state))
-            raise batch
-        self._state = state
-        self.wait_seconds = time.perf_counter() - began
-        return batch
-
-    def state(self) -> dict[str, Any]:
-        return self._state
-
-    def close(self) -> None:
-        """End the thread and the loader's workers; prefetched batches are dropped.
-
-        A thread that hangs in a read is abandoned after SHUTDOWN_TIMEOUT seconds: it is a daemon.
-        """
-        self._stop.set()
-        end = time.monotonic() + SHUTDOWN_TIMEOUT
-        while self._thread.is_alive() and time.monotonic() < end:
-            while not self._queue.empty():  # the thread may be waiting for room
-                self._queue.get_nowait()
-            self._thread.join(timeout=0.05)
-        self._loader.close()
+    exits.end_with_parent()

@@ -46,6 +46,8 @@ from blip3o_jax.data.record import RowTooLong
 from blip3o_jax.data.template import PromptTokens, make_prompt
 from blip3o_jax.text.vocabulary import Vocabulary
 
+# Prompts are padded to a multiple of this number of tokens, so that few lengths are compiled.
+LENGTH_BUCKET = 32
 # Tokens after an image's own; three for most tokenizers, more where a line break is several.
 MAX_TAIL_TOKENS = 8
 ROW_FIELDS = ("tokens", "loss_mask", "segment_ids", "positions")
@@ -290,6 +292,19 @@ def pack_rows(
             stacked["reference_span"] + starts[:, None].astype(np.int32)
         ) * mask_ER
     return packed | stacked
+
+
+def padded_length(length: int) -> int:
+    """Return `length` rounded up to a multiple of LENGTH_BUCKET."""
+    return -(-length // LENGTH_BUCKET) * LENGTH_BUCKET
+
+
+def padded_prompts(prompts: Sequence[Sequence[int]], length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return (tokens [B, length], padded on the right with 0, lengths [B]), int32, of ids."""
+    tokens_BL = np.zeros((len(prompts), length), np.int32)
+    for row_L, ids in zip(tokens_BL, prompts, strict=True):
+        row_L[: len(ids)] = ids
+    return tokens_BL, np.array([len(ids) for ids in prompts], np.int32)
 
 
 def caption_row(

@@ -22,6 +22,7 @@ from blip3o_jax.rl.rewards.pool import RewardPool
 from blip3o_jax.rl.rollouts import RolloutIterator
 from blip3o_jax.text.vocabulary import Vocabulary
 from blip3o_jax.train import loop
+from blip3o_jax.train.fingerprint import weights_fingerprint
 from blip3o_jax.train.initialize import restore_init_parts
 from blip3o_jax.train.loop import RunContext, Summary, TrainerSpec
 from blip3o_jax.train.state import TrainState, merge_trees
@@ -104,7 +105,7 @@ class ReinforcementLearning:
         reference, identity = None, ""
         if has_reference(policies):
             reference = _reference(context, state, fresh=position is None)
-            identity = fingerprint(lora.zero_idle_factors(reference))
+            identity = weights_fingerprint(lora.zero_idle_factors(reference))
         position = position or {"rollout": 0, "reference": identity}
         position = with_prompts(position, self._prompts, config.rl.prompts_file)
         if context.start % config.rl.num_iterations:
@@ -161,24 +162,3 @@ def _reference(context: RunContext, state: TrainState, *, fresh: bool) -> Any:
     given = restore_init_parts(context.config, context.plan, context.strategy)
     given = {part: groups["params"] for part, groups in given.items() if "params" in groups}
     return merge_trees(given, lora.disable_lora(state["params"]))
-
-
-def fingerprint(params: Any) -> str:
-    """Return a digest of parameters, the same on any mesh: of the name, the shape and a sum of the
-    bits of each array.
-    """
-    digest = hashlib.sha256()
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        digest.update(f"{jax.tree_util.keystr(path)} {leaf.shape} {int(_bits(leaf))}\n".encode())
-    return digest.hexdigest()
-
-
-@jax.jit
-def _bits(x: jax.Array) -> jax.Array:
-    """Return the sum of an array's words, each times an odd number made of it, modulo 2^32: the
-    same in any order.
-    """
-    words = jax.lax.bitcast_convert_type(
-        x, {2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
-    ).astype(jnp.uint32)
-    return jnp.sum(words * (words >> 7 | 1), dtype=jnp.uint32)

@@ -4,8 +4,7 @@ import numpy as np
 
 from blip3o_jax.config import Config, UserError
 from blip3o_jax.data.prompts import Prompt
-from blip3o_jax.data.sequence import text_to_image_prompt
-from blip3o_jax.sampling_programs import LENGTH_BUCKET
+from blip3o_jax.data.sequence import padded_length, padded_prompts, text_to_image_prompt
 from blip3o_jax.text.vocabulary import Vocabulary
 
 
@@ -44,17 +43,11 @@ class PromptRows:
                 f"data.max_length={config.data.max_length} "
                 f"leaves {max_length} next to the image's: shorten it, or raise data.max_length"
             )
-        self.length = min(-(-length // LENGTH_BUCKET) * LENGTH_BUCKET, max_length)
+        self.length = min(padded_length(length), max_length)
 
     def tokenize(self, prompts: list[Prompt]) -> tuple[np.ndarray, np.ndarray]:
         """Return (tokens [P, L], padded on the right, lengths [P]), int32."""
-        tokens_PL = np.zeros((len(prompts), self.length), np.int32)
-        lengths_P = np.zeros(len(prompts), np.int32)
-        for row, prompt in enumerate(prompts):
-            ids = self._ids(prompt)
-            tokens_PL[row, : len(ids)] = ids
-            lengths_P[row] = len(ids)
-        return tokens_PL, lengths_P
+        return padded_prompts([self._ids(prompt) for prompt in prompts], self.length)
 
     def _ids(self, prompt: Prompt) -> list[int]:
         model = self._config.model

@@ -22,8 +22,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from blip3o_jax.data.loader import global_batch, host_rows
 from blip3o_jax.data.prompts import Prompt
+from blip3o_jax.parallel.batches import global_batch, host_rows
 from blip3o_jax.rl import reward_batch, rollout_programs
 from blip3o_jax.rl.advantages import Advantages, choose_groups
 from blip3o_jax.rl.log import RolloutLog, best_and_worst

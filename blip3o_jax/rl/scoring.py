@@ -21,7 +21,7 @@ import jax.numpy as jnp
 
 from blip3o_jax import nn
 from blip3o_jax.ar.decoding import repeat_for_group
-from blip3o_jax.ar.logits import project
+from blip3o_jax.ar.logits import project, scan_blocks
 from blip3o_jax.ar.protocol import LanguageModel
 from blip3o_jax.ar.sampling import cfg_segment_ids, guided_logits
 from blip3o_jax.config import SamplingConfig
@@ -55,16 +55,10 @@ def score_image_tokens(
         model, tokens_BL, lengths_B, ids_BN, 1 if settings.token_guidance == 1.0 else 2, group
     )[:, :-1]
     head_DV = nn.constrain(model.head(image_ids).astype(hidden_BND.dtype), None, "act_vocab")
-    first, N = image_ids[0], ids_BN.shape[1]
-    blocks = -(-N // chunk)
-    chunk = -(-N // blocks)
 
-    def cut(x: jax.Array) -> jax.Array:
-        x = jnp.pad(x, ((0, 0), (0, blocks * chunk - N)) + ((0, 0),) * (x.ndim - 2))
-        return jnp.moveaxis(x.reshape(len(x), blocks, chunk, *x.shape[2:]), 1, 0)
-
-    def block(_: None, inputs: tuple) -> tuple[None, tuple[jax.Array, jax.Array]]:
-        hidden_BCD, choice_BC, support_BCX = inputs
+    def block(
+        hidden_BCD: jax.Array, choice_BC: jax.Array, support_BCX: jax.Array | None
+    ) -> tuple[None, tuple[jax.Array, jax.Array]]:
         logits_BCV = nn.constrain(project(hidden_BCD, head_DV), "batch", None, "act_vocab")
         logits_BCV = guided_logits(logits_BCV, settings.token_guidance) / settings.temperature
         if support_BCX is not None:
@@ -78,13 +72,9 @@ def score_image_tokens(
         return None, (picked_BC, -jnp.sum(jnp.exp(logprobs_BCV) * finite_BCV, axis=-1))
 
     with jax.named_scope("score"):
-        inputs = (
-            cut(hidden_BND),
-            cut(ids_BN - first),
-            None if support_BNX is None else cut(support_BNX),
-        )
-        _, found = jax.lax.scan(block if blocks == 1 else jax.checkpoint(block), None, inputs)
-    return TokenScores(*(jnp.moveaxis(x, 0, 1).reshape(len(ids_BN), -1)[:, :N] for x in found))
+        inputs = (hidden_BND, ids_BN - image_ids[0], support_BNX)
+        _, (logprobs_BN, entropy_BN) = scan_blocks(block, inputs, None, chunk=chunk)
+    return TokenScores(logprobs_BN, entropy_BN)
 
 
 def teacher_forced_states(

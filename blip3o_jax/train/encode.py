@@ -4,7 +4,6 @@ data/encoded.py defines the files' layout.
 """
 
 import concurrent.futures
-import hashlib
 import json
 import logging
 import pathlib
@@ -58,18 +57,6 @@ def make_encode(plan: StatePlan, strategy: Strategy) -> Callable[..., tuple[jax.
         return model.codes(tokenizer_pixels), model.latents(pixels)
 
     return strategy.jit(encode)
-
-
-def weights_fingerprint(frozen: Any) -> str:
-    """Return a hash of the bytes of the encoders' parameters."""
-    digest = hashlib.sha256()
-    for path, leaf in sorted(
-        jax.tree_util.tree_leaves_with_path(frozen), key=lambda kv: str(kv[0])
-    ):
-        digest.update(str(path).encode())
-        # The bytes of the values, so that the cache of other weights of the same shape is not read.
-        digest.update(np.asarray(jax.device_get(leaf)).tobytes())
-    return digest.hexdigest()
 
 
 def encoded_source(

@@ -7,7 +7,8 @@ import jax
 import numpy as np
 
 from blip3o_jax.config import Config
-from blip3o_jax.data.loader import Loader, global_batch
+from blip3o_jax.data.loader import Loader
+from blip3o_jax.parallel.batches import global_batch
 from blip3o_jax.parallel.rules import Strategy
 from blip3o_jax.train.stages import Loss
 from blip3o_jax.train.state import StatePlan, TrainState

@@ -14,14 +14,16 @@ from blip3o_jax.config import Config, MeshConfig, UserError, check
 from blip3o_jax.data.buckets import by_shape
 from blip3o_jax.data.examples import ExampleBuilder
 from blip3o_jax.data.index_builder import ProcessGroup
-from blip3o_jax.data.loader import DevicePrefetch, Loader, host_rows
+from blip3o_jax.data.loader import Loader
 from blip3o_jax.data.record import Source
 from blip3o_jax.data.sources import open_held_out, open_mixture
 from blip3o_jax.parallel import distributed
+from blip3o_jax.parallel.batches import DevicePrefetch, host_rows
 from blip3o_jax.parallel.rules import Strategy
 from blip3o_jax.text.vocabulary import Vocabulary
 from blip3o_jax.train import loop
-from blip3o_jax.train.encode import encoded_source, make_encode, weights_fingerprint
+from blip3o_jax.train.encode import encoded_source, make_encode
+from blip3o_jax.train.fingerprint import weights_fingerprint
 from blip3o_jax.train.flops import model_flops, peak_flops
 from blip3o_jax.train.held_out import HeldOutLosses
 from blip3o_jax.train.loop import RunContext, Summary, TrainerSpec

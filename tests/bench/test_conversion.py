@@ -3,7 +3,6 @@ bit."""
 
 import dataclasses
 import json
-import os
 import sys
 
 import numpy as np
@@ -24,7 +23,7 @@ MODEL = dataclasses.replace(tiny.model(), ar=dataclasses.replace(tiny.model().ar
 
 def test_report(tmp_path, monkeypatch, capsys, quick_compile):
     monkeypatch.setattr(
-        conversion, "_in_subprocess", lambda work, *args: work(*args)
+        conversion, "run_isolated", lambda work, environment, name: work()
     )  # starting four takes the time
     report = conversion.run(MODEL, tmp_path / "out", command="blip3o bench", dtype="bfloat16")
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["conversion.json"], (
@@ -95,5 +94,8 @@ def test_without_safetensors(tmp_path, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
-def test_each_step_has_a_process_of_its_own():
-    assert conversion._in_subprocess(os.getpid) != os.getpid()
+def test_a_step_whose_process_fails_is_one_line(tmp_path, monkeypatch):
+    row = {"status": "failed", "error": "the import process ended with status -9"}
+    monkeypatch.setattr(conversion, "run_isolated", lambda work, environment, name: row)
+    with pytest.raises(UserError, match=r"^plain read: the import process ended with status -9$"):
+        conversion.run(MODEL, tmp_path / "out")

@@ -349,14 +349,6 @@ def test_an_array_that_cannot_be_written_is_named_and_leaves_nothing(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["codes-00000.npy"]
 
 
-def test_the_fingerprint_is_of_every_weight():
-    weights = {"vae": {"a": np.arange(3.0), "b": np.zeros(2)}}
-    same = encode.weights_fingerprint({"vae": {"b": np.zeros(2), "a": np.arange(3.0)}})
-    assert encode.weights_fingerprint(weights) == same
-    weights["vae"]["b"][1] = 1e-30
-    assert encode.weights_fingerprint(weights) != same
-
-
 def test_a_source_is_named_by_its_files_wherever_they_lie(folder, tmp_path):
     cfg = tiny.run_config(folder)
     ((source, _),) = open_mixture(cfg.data)

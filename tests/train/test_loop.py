@@ -606,6 +606,7 @@ def test_everything_is_on_disk_before_a_step_is_saved():
         types.SimpleNamespace(check=lambda: None, save=note("save")),
         types.SimpleNamespace(check=lambda: None),
         types.SimpleNamespace(write=note("write"), sync=note("log")),
+        types.SimpleNamespace(before_step=lambda *_: None, after_step=lambda *_: None),
         types.SimpleNamespace(due=lambda step: False),
         types.SimpleNamespace(enter=lambda *_: None),
     )

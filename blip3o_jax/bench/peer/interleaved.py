@@ -28,7 +28,12 @@ from blip3o_jax.config import ModelConfig, SamplingConfig, UserError, check, che
 from blip3o_jax.convert.report import relative_error
 from blip3o_jax.convert.source import open_source
 from blip3o_jax.convert.stock_config import OWN_FIELDS
-from blip3o_jax.data.sequence import text_to_image_prompt, text_to_image_row
+from blip3o_jax.data.sequence import (
+    padded_length,
+    padded_prompts,
+    text_to_image_prompt,
+    text_to_image_row,
+)
 from blip3o_jax.provenance import provenance
 from blip3o_jax.text.tokenizers import load_tokenizer
 from blip3o_jax.text.vocabulary import Vocabulary
@@ -52,7 +57,6 @@ CAPTIONS = (
     "a small purple ring to the left of a red cross",
 )
 LEARNING_RATE = 1e-4
-LENGTH_BUCKET = 32  # prompts are padded as `pipeline` pads them
 # Norm of the difference over the norm: more than rounding makes in float32 and in bfloat16, less
 # than other weights would.
 TOLERANCE = {"cpu": 1e-3, "gpu": 0.1}
@@ -192,9 +196,7 @@ def make_inputs(model: ModelConfig, vocabulary: Vocabulary, options: Options) ->
         text_to_image_prompt(vocabulary, model.template, caption, scale) for caption in captions
     ]
     longest = max(map(len, prompts))
-    tokens_BL = np.zeros((batch, -(-longest // LENGTH_BUCKET) * LENGTH_BUCKET), np.int32)
-    for row, ids in zip(tokens_BL, prompts, strict=True):
-        row[: len(ids)] = ids
+    tokens_BL, lengths_B = padded_prompts(prompts, padded_length(longest))
     tail = 2 + len(vocabulary.encode("\n"))
     rows = [
         text_to_image_row(vocabulary, model.template, caption, n, longest + n + tail, scale)
@@ -205,7 +207,7 @@ def make_inputs(model: ModelConfig, vocabulary: Vocabulary, options: Options) ->
     return {name: np.stack([row[name] for row in rows]) for name in rows[0]} | {
         "captions": np.array(captions),
         "prompts": tokens_BL,
-        "lengths": np.array([len(ids) for ids in prompts], np.int32),
+        "lengths": lengths_B,
         "codes": rng.integers(0, model.tokenizer.codebook_size, (batch, n), np.int32),
         "latents": rng.normal(size=latents).astype(np.float32),
         "start": rng.normal(size=latents).astype(np.float32),

@@ -1,6 +1,5 @@
 """Report what `bench peer` measured: as JSON, as a table on the terminal and as one in Markdown."""
 
-import json
 import os
 import pathlib
 import platform
@@ -11,6 +10,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from blip3o_jax import files
 from blip3o_jax.parallel.chips import chip_of
 
 WIDTH = 150  # of a row; a terminal that is narrower breaks the lines
@@ -112,8 +112,8 @@ def sizes(tensors: Mapping[str, Mapping[str, Any]]) -> dict[str, int]:
 
 def write(report: dict[str, Any], out: pathlib.Path) -> None:
     """Write the report as JSON and as Markdown."""
-    (out / "peer.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    (out / "peer.md").write_text(markdown(report), encoding="utf-8")
+    files.write_json(out / "peer.json", report)
+    files.replace_text(out / "peer.md", markdown(report))
 
 
 def print_report(report: dict[str, Any]) -> None:

@@ -15,7 +15,6 @@ import os
 import pathlib
 import re
 import sys
-import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -24,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from blip3o_jax import exits
 from blip3o_jax.config import SamplingConfig, UserError
 from blip3o_jax.parallel.flags import environment
 
@@ -109,7 +109,7 @@ class Worker:
 def _serve(pipe: Connection, task: Task) -> None:
     """Answer the parent's requests until its end of the pipe closes."""
     os.dup2(2, 1)  # stdout is the parent's, for its table
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    exits.end_with_parent()
     _set_environment_of(task)
     try:
         runner = _Runner(importlib.import_module(SIDES[task.side]).Side, task)
@@ -126,13 +126,6 @@ def _serve(pipe: Connection, task: Task) -> None:
             return
         except Exception as error:
             pipe.send(_error_reply(error))
-
-
-def _end_with_parent() -> None:
-    """End this process when its parent is killed: no one would read its results."""
-    if parent := multiprocessing.parent_process():
-        parent.join()
-    os._exit(1)
 
 
 def _error_reply(error: Exception) -> tuple[str, str]:

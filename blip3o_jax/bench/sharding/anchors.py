@@ -14,7 +14,6 @@ differences.
 
 import dataclasses
 import functools
-import json
 import pathlib
 import statistics
 import sys
@@ -25,9 +24,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from blip3o_jax import files
+from blip3o_jax.bench.isolated_process import Row
 from blip3o_jax.bench.sharding import topology
 from blip3o_jax.bench.sharding.compiled_step import FITS, Task, compile_isolated
-from blip3o_jax.bench.sharding.isolated_process import Row
 from blip3o_jax.config import (
     Config,
     DataConfig,
@@ -407,7 +407,7 @@ def bench(
             row["error"] = row["step_s"] / anchor.seconds - 1
         report["rows"].append(row)
         report["median_error"] = median_error(report["rows"])
-        (out / "anchors.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        files.write_json(out / "anchors.json", report)
         print(
             f"anchors  {anchor.name}  {row['status']}  {time.monotonic() - began:.0f} s",
             file=sys.stderr,

@@ -14,9 +14,10 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from blip3o_jax.bench import isolated_process
 from blip3o_jax.bench.cost import bundles
-from blip3o_jax.bench.sharding import isolated_process, measure, topology
-from blip3o_jax.bench.sharding.isolated_process import Row
+from blip3o_jax.bench.isolated_process import Row
+from blip3o_jax.bench.sharding import measure, topology
 from blip3o_jax.bench.sharding.measure import LocalDevices
 from blip3o_jax.config import Config, ConfigError
 

@@ -9,7 +9,6 @@ machine, which also run the program, and both times are shown.
 
 import dataclasses
 import itertools
-import json
 import math
 import pathlib
 import re
@@ -21,9 +20,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from blip3o_jax import files
+from blip3o_jax.bench.isolated_process import Row
 from blip3o_jax.bench.sharding import largest_batch, measure, page, table, topology
 from blip3o_jax.bench.sharding.compiled_step import FITS, STEPS, TOO_LARGE, Task, compile_isolated
-from blip3o_jax.bench.sharding.isolated_process import Row
 from blip3o_jax.bench.sharding.measure import LocalDevices
 from blip3o_jax.bench.sharding.table import GIB
 from blip3o_jax.config import Config, MeshConfig, UserError, check, check_choice
@@ -255,9 +255,8 @@ def _order(row: Row) -> tuple[Any, ...]:
 
 def write(report: dict[str, Any], out: pathlib.Path) -> None:
     """Write sharding.json and sharding.html."""
-    text = json.dumps(report, indent=1)
-    (out / "sharding.json").write_text(text + "\n", encoding="utf-8")
-    (out / "sharding.html").write_text(page.render(report), encoding="utf-8")
+    files.write_json(out / "sharding.json", report)
+    files.replace_text(out / "sharding.html", page.render(report))
 
 
 def _line(row: Row) -> str:

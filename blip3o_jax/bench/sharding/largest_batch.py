@@ -17,8 +17,8 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+from blip3o_jax.bench.isolated_process import Row
 from blip3o_jax.bench.sharding.compiled_step import FITS, TOO_LARGE, Task
-from blip3o_jax.bench.sharding.isolated_process import Row
 from blip3o_jax.bench.sharding.table import GIB
 
 # The kinds of memory that do not grow with the batch.

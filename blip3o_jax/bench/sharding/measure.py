@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from blip3o_jax.bench.sharding import isolated_process
+from blip3o_jax.bench import isolated_process
 from blip3o_jax.config import MeshConfig, UserError
 from blip3o_jax.parallel.chips import Chip, chip_of
 

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from blip3o_jax.bench.cost.walk import LIMITERS
+from blip3o_jax.bench.isolated_process import Row
 from blip3o_jax.bench.sharding import table
-from blip3o_jax.bench.sharding.isolated_process import Row
 from blip3o_jax.bench.sharding.largest_batch import outcome
 from blip3o_jax.bench.sharding.table import GIB
 

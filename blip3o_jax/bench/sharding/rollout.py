@@ -19,8 +19,9 @@ from flax import nnx
 from blip3o_jax.bench.sharding.train_step import shard_bytes
 from blip3o_jax.blip3o import Blip3o
 from blip3o_jax.config import Config, ConfigError, ModelConfig
+from blip3o_jax.data.sequence import padded_length
 from blip3o_jax.parallel.rules import Strategy
-from blip3o_jax.sampling_programs import LENGTH_BUCKET, make_image_sampler
+from blip3o_jax.sampling_programs import make_image_sampler
 from blip3o_jax.train.flops import count_flops
 
 SAMPLING_PARTS = ("ar", "connector", "dit", "vae")
@@ -124,7 +125,7 @@ def prompt_length(config: Config) -> int:
     """Return PROMPT, or the length of a row without the image; a multiple of the prompts'
     padding."""
     room = max(1, config.data.max_length - config.model.tokenizer.num_tokens)
-    return -(-min(PROMPT, room) // LENGTH_BUCKET) * LENGTH_BUCKET
+    return padded_length(min(PROMPT, room))
 
 
 def in_compute_dtype(model: ModelConfig) -> ModelConfig:

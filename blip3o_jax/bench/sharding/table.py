@@ -5,7 +5,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-from blip3o_jax.bench.sharding.isolated_process import Row
+from blip3o_jax.bench.isolated_process import Row
 
 GIB = 2**30
 # The parts of a rollout, by the scopes of their operations; what is left is the connector and the

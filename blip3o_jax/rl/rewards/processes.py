@@ -16,7 +16,6 @@ import dataclasses
 import functools
 import math
 import multiprocessing
-import os
 import pickle
 import signal
 import threading
@@ -25,6 +24,7 @@ from collections.abc import Callable
 from multiprocessing import connection
 from typing import Any
 
+from blip3o_jax import exits
 from blip3o_jax.config import UserError
 
 MOST_DEATHS = 3  # processes in a row that may end while they start
@@ -277,7 +277,7 @@ def _kill(worker: _Worker) -> None:
 def _work(pipe: connection.Connection, initialise: Callable[[], None]) -> None:
     """Run a process: answer calls by (result, error) until its pipe ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    exits.end_with_parent()
     initialise()
     answer: tuple[Any, BaseException | None] = None, None
     with contextlib.suppress(EOFError, OSError):
@@ -294,10 +294,3 @@ def _work(pipe: connection.Connection, initialise: Callable[[], None]) -> None:
                 answer = function(*arguments), None
             except BaseException as e:
                 answer = None, e
-
-
-def _end_with_parent() -> None:
-    """End with the parent, which may be killed while a call hangs here."""
-    if parent := multiprocessing.parent_process():
-        parent.join()
-    os._exit(1)

@@ -5,7 +5,8 @@ import dataclasses
 import jax
 import pytest
 
-from blip3o_jax.bench.sharding import compiled_step, grid, isolated_process, topology
+from blip3o_jax.bench import isolated_process
+from blip3o_jax.bench.sharding import compiled_step, grid, topology
 from blip3o_jax.bench.sharding.measure import LocalDevices
 from blip3o_jax.config import MeshConfig, UserError
 from blip3o_jax.parallel.chips import CHIPS

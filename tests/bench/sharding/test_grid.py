@@ -7,9 +7,9 @@ import re
 import pytest
 
 from blip3o_jax import cli
+from blip3o_jax.bench.isolated_process import REFUSED
 from blip3o_jax.bench.sharding import grid, measure, page, topology
 from blip3o_jax.bench.sharding.compiled_step import FITS, TOO_LARGE
-from blip3o_jax.bench.sharding.isolated_process import REFUSED
 from blip3o_jax.bench.sharding.page import LIMITERS
 from blip3o_jax.config import MeshConfig, UserError, loader
 from blip3o_jax.parallel.chips import CHIPS

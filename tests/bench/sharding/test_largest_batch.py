@@ -4,9 +4,9 @@ import dataclasses
 
 import pytest
 
+from blip3o_jax.bench.isolated_process import FAILED, REFUSED
 from blip3o_jax.bench.sharding import grid, largest_batch, topology
 from blip3o_jax.bench.sharding.compiled_step import FITS, TOO_LARGE
-from blip3o_jax.bench.sharding.isolated_process import FAILED, REFUSED
 from tests import tiny
 
 GIB = 2**30

@@ -6,7 +6,8 @@ import os
 import jax
 import pytest
 
-from blip3o_jax.bench.sharding import compiled_step, grid, isolated_process, measure
+from blip3o_jax.bench import isolated_process
+from blip3o_jax.bench.sharding import compiled_step, grid, measure
 from blip3o_jax.bench.sharding.compiled_step import FITS
 from blip3o_jax.config import MeshConfig, UserError
 from blip3o_jax.parallel.chips import CHIPS

@@ -8,8 +8,8 @@ import sys
 
 import pytest
 
-from blip3o_jax.bench.sharding import isolated_process
-from blip3o_jax.bench.sharding.isolated_process import FAILED, REFUSED
+from blip3o_jax.bench import isolated_process
+from blip3o_jax.bench.isolated_process import FAILED, REFUSED
 from blip3o_jax.config import UserError
 
 

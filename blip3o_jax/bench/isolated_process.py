@@ -30,10 +30,10 @@ def run_isolated(
     """Return what `work`, which can be pickled, returns in a new process; where it raises, or its
     process is killed, a row that says so. `environment` is added to this process's own.
     """
-    package = pathlib.Path(__file__).parents[3]
+    package = pathlib.Path(__file__).parents[2]
     paths = [str(package), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = os.environ | environment | {"PYTHONPATH": os.pathsep.join(paths)}
-    with tempfile.TemporaryDirectory(prefix="blip3o-sharding-") as scratch:
+    with tempfile.TemporaryDirectory(prefix="blip3o-bench-") as scratch:
         work_file, row_file, log_file = (
             pathlib.Path(scratch) / file for file in ("work", "row", "log")
         )
@@ -42,7 +42,7 @@ def run_isolated(
             command = [
                 sys.executable,
                 "-m",
-                "blip3o_jax.bench.sharding.isolated_process",
+                "blip3o_jax.bench.isolated_process",
                 str(work_file),
                 str(row_file),
             ]
