@@ -174,11 +174,14 @@ class Blip3o(nnx.Module):
         References that are dropped leave zeros as their condition tokens; the concatenated latents
         stay, or go where `editing.uncond_latent_concat` is false.
         """
-        editing, latent_concat, mask_BT = self.cfg.editing, None, None
+        editing = self.cfg.editing
+        latent_concat: LatentConcat | None = None
+        mask_BT: jax.Array | None = None
         with nn.part("connector"):
             tokens_BTC = self.connector(hidden_BTD, keep_B)
             if references is not None and editing.latents:
                 z_BRHWC = references.latents_BRHWC
+                assert z_BRHWC is not None, "encode_references made them for this route"
                 reference_tokens_BXC = self.latent_connector(
                     z_BRHWC.reshape(len(z_BRHWC), -1, z_BRHWC.shape[-1])
                 )
@@ -197,6 +200,7 @@ class Blip3o(nnx.Module):
             mask_BR = references.mask_BR
             if keep_references_B is not None and not editing.uncond_latent_concat:
                 mask_BR &= keep_references_B[:, None]
+            assert references.latents_BRHWC is not None, "encode_references made them"
             latent_concat = LatentConcat(references.latents_BRHWC, mask_BR)
         return Condition(tokens_BTC, mask_BT, latent_concat)
 
@@ -292,11 +296,9 @@ def encode_references(model: Blip3o, batch: dict[str, jax.Array]) -> References 
             encode_each(model.features, tokenizer_pixels_BRHWC) if editing.features else None
         )
         needs_latents = editing.latents or editing.latent_concat
-        latents_BRHWC = (
-            encode_each(model.latents, batch["reference_pixels"]) if needs_latents else None
-        )
+        z_BRHWC = encode_each(model.latents, batch["reference_pixels"]) if needs_latents else None
         return References(
-            mask_BR, encode_each(model.codes, tokenizer_pixels_BRHWC), features_BRND, latents_BRHWC
+            mask_BR, encode_each(model.codes, tokenizer_pixels_BRHWC), features_BRND, z_BRHWC
         )
 
 
@@ -307,4 +309,6 @@ def path_name(path: tuple[Any, ...]) -> str:
 
 def split(model: Blip3o, trainable: Callable[[str], bool]) -> tuple[Any, Any, Any]:
     """Split into (graphdef, trainable state, frozen state) by parameter path name."""
-    return nnx.split(model, lambda path, value: trainable(path_name(path)), ...)
+    graphdef, *states = nnx.split(model, lambda path, value: trainable(path_name(path)), ...)
+    trained, frozen = states
+    return graphdef, trained, frozen

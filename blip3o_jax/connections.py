@@ -81,7 +81,9 @@ class Connection(H11Protocol):
         self._timer: asyncio.TimerHandle | None = None
         self._since = time.monotonic()  # when its state last changed
 
-    def connection_made(self, transport: asyncio.Transport) -> None:
+    def connection_made(  # type: ignore[override]  # uvicorn names a narrower type too
+        self, transport: asyncio.Transport
+    ) -> None:
         super().connection_made(transport)
         self._wait_for(self._limits.header_seconds)
         if len(self.connections) > self._limits.max_connections:
@@ -90,7 +92,12 @@ class Connection(H11Protocol):
     def _make_room(self) -> None:
         """Abort the connection that has carried no request for longest, else the one that has sent
         a body for longest. Refuse this one where the others all wait for an answer."""
-        others = [connection for connection in self.connections if connection is not self]
+        # uvicorn's set is of all its protocols; a server's connections are of this class.
+        others = [
+            connection
+            for connection in self.connections
+            if isinstance(connection, Connection) and connection is not self
+        ]
         idle = [connection for connection in others if connection._idle()]
         sending = [
             connection

@@ -300,9 +300,12 @@ def _open_streams() -> None:
     if type(old) is io.TextIOWrapper:
         encoding = old.encoding
         errors = old.errors
-        options = {"line_buffering": old.line_buffering, "write_through": old.write_through}
+        lines = old.line_buffering
+        through = old.write_through
         # `detach`: two wrappers of one buffer would both flush and close it.
-        sys.stdout = sys.__stdout__ = _Stdout(old.detach(), encoding, errors, **options)
+        new = _Stdout(old.detach(), encoding, errors, line_buffering=lines, write_through=through)
+        for name in ("stdout", "__stdout__"):
+            setattr(sys, name, new)
 
 
 def stdout_line(error: BaseException) -> str | None:

@@ -117,7 +117,8 @@ def writing(path: pathlib.Path) -> Iterator[None]:
         found = system_error(error)
         if found is None or (found is error and found.filename is not None):
             raise
-        raise OSError(found.errno, os.strerror(found.errno), found.filename or str(path)) from error
+        number = found.errno or 0
+        raise OSError(number, os.strerror(number), found.filename or str(path)) from error
 
 
 @contextlib.contextmanager

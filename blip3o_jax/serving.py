@@ -20,8 +20,16 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Iterator,
+    Mapping,
+    MutableMapping,
+    Sequence,
+)
+from typing import Any, cast
 
 import prometheus_client
 import uvicorn
@@ -183,7 +191,8 @@ class Service:
         self._server = uvicorn.Server(
             uvicorn.Config(
                 self._serve_request,
-                http=functools.partial(Connection, limits=limits),
+                # uvicorn calls it as it would a class.
+                http=cast("Any", functools.partial(Connection, limits=limits)),
                 interface="asgi3",
                 ws="none",
                 lifespan="off",
@@ -274,28 +283,27 @@ class _Answer:
         self._closing = False
         self.status: int | None = None
 
-    async def receive(self) -> dict[str, Any]:
+    async def receive(self) -> MutableMapping[str, Any]:
         message = await self._receive()
         if message["type"] != "http.request" or not message.get("more_body", False):
             self._unread = False
         return message
 
-    async def send(self, message: dict[str, Any]) -> None:
+    async def send(self, message: MutableMapping[str, Any]) -> None:
         if message["type"] == "http.response.start":
             self.status = message["status"]
             self._closing = self._unread and self.status >= 400
             if self._closing:
-                message = message | {
-                    "headers": [*message.get("headers", ()), (b"connection", b"close")]
-                }
+                headers = [*message.get("headers", ()), (b"connection", b"close")]
+                message = {**message, "headers": headers}
         elif self._closing and not message.get("more_body", False):
-            await self._bounded(message | {"more_body": True})
+            await self._bounded({**message, "more_body": True})
             if self.status != 408:  # this body has had its time already
                 await self._linger()
             message = {"type": "http.response.body", "body": b"", "more_body": False}
         await self._bounded(message)
 
-    async def _bounded(self, message: dict[str, Any]) -> None:
+    async def _bounded(self, message: MutableMapping[str, Any]) -> None:
         """Send within `answer_seconds`. Raises _ClientStuck."""
         try:
             async with asyncio.timeout(self._limits.answer_seconds):

@@ -26,7 +26,9 @@ def host_rows(sharding: jax.sharding.Sharding, batch_rows: int) -> list[int]:
     axes `tensor`, `sequence`) reads it.
     """
     spans = sharding.addressable_devices_indices_map((batch_rows,)).values()
-    return sorted({row for (span,) in spans for row in range(*span.indices(batch_rows))})
+    # None stands for no index: JAX gives one for an array that has an axis.
+    indices = [index[0].indices(batch_rows) for index in spans if index is not None]
+    return sorted({row for index in indices for row in range(*index)})
 
 
 def global_batch(

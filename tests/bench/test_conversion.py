@@ -98,4 +98,4 @@ def test_a_step_whose_process_fails_is_one_line(tmp_path, monkeypatch):
     row = {"status": "failed", "error": "the import process ended with status -9"}
     monkeypatch.setattr(conversion, "run_isolated", lambda work, environment, name: row)
     with pytest.raises(UserError, match=r"^plain read: the import process ended with status -9$"):
-        conversion.run(MODEL, tmp_path / "out")
+        conversion.run(MODEL, tmp_path / "out", command="")
