@@ -57,7 +57,7 @@ EVALUATIONS = 12  # of the held-out loss along a stage
 
 # Examples/s of a stage on two CPU cores with pictures of 64 px, rows of 56 tokens and the sizes of
 # the demo, from the CPU seconds of a run on cores that were shared.
-EXAMPLES_PER_S = {"autoencoder": 68.0, "contrastive": 172.0, "tokenizer": 420.0, "joint": 120.0}
+EXAMPLES_PER_S = {"autoencoder": 80.0, "contrastive": 172.0, "tokenizer": 420.0, "joint": 95.0}
 MEASURED_SIDE = 64
 MEASURED_ROW = 56
 MEASURED_CORES = 2
