@@ -1,13 +1,12 @@
-"""Write and check CRC32C checksums, so that damaged files are found when they are read: JSON files
-that contain their own checksum, and directories with a manifest.
+"""Write and check CRC32C checksums, so that damaged files are found when they are read.
 
     {..., "crc32c": "8a9136aa"}     a JSON object with its checksum among its keys
     DIR/manifest.json  {"files": {"a/b": [bytes, CRC32C], ...}, ...}     every other file below DIR,
                                      and facts about them, such as the step that they belong to
 
-Orbax and TensorStore offer less: OCDBT has checksums of its B-tree nodes and zarr3's `crc32c` codec
-is set by Orbax for the index of a shard only, so that a flipped bit in an array's bytes comes out
-as another number.
+Orbax and TensorStore offer less: OCDBT has checksums of its B-tree nodes only, and Orbax sets
+zarr3's `crc32c` codec for the index of a shard only, so that a flipped bit in an array's bytes
+would be read as another number.
 """
 
 import concurrent.futures
@@ -32,8 +31,8 @@ MANIFEST = "manifest.json"
 KEY = "crc32c"
 _CHUNK = 2**24  # bytes read at once
 _THREADS = 8  # reading waits for the disk, and CRC32C runs at several GB/s
-# Directories found intact by this process, by the sizes and times of their files: an export and its
-# verification, or the parts of one checkpoint, would each read all of it again.
+# Directories that this process has found intact, by the sizes and times of their files. Without
+# it, an export and its verification, or the parts of one checkpoint, would each read all files.
 _intact: set[tuple[Any, ...]] = set()
 
 
@@ -47,10 +46,12 @@ def write_json(path: pathlib.Path, value: dict[str, Any]) -> None:
 
 
 def read_json(path: pathlib.Path, *, edited: bool = False) -> dict[str, Any]:
-    """Read what `write_json` wrote, without the checksum. `edited`: one without a checksum is taken
-    as it is, for files that people edit. Raises DamagedFile.
+    """Read an object that `write_json` wrote, and return it without the checksum.
+
+    With `edited`, for files that people edit, an object without a checksum is accepted. Raises
+    DamagedFile.
     """
-    if path.exists() and not path.is_file():  # reading a pipe need not end
+    if path.exists() and not path.is_file():  # reading a pipe might block for ever
         raise DamagedFile(f"{path} is no regular file: put back a copy of it")
     try:
         value = json.loads(path.read_bytes())
@@ -124,14 +125,13 @@ def _files(manifest: dict[str, Any], file: pathlib.Path) -> dict[str, tuple[int,
     for name, value in files.items():
         if not _is_size_and_crc(value):
             raise DamagedFile(f"{file} has no size and CRC32C of {name!r}: put back a copy of it")
-        # Who sent the directory could have any other file of this machine read.
+        # The manifest is untrusted: it must not make this process read other files.
         if pathlib.PurePosixPath(name).is_absolute() or ".." in name.split("/") or "\0" in name:
             raise DamagedFile(
                 f"{file} names {name!r}, which is not below it: put back a copy of it"
             )
-        if (
-            not name.isprintable()
-        ):  # a surrogate is no file's name, an escape would reach the terminal
+        # Surrogates are no file's name, and escape sequences would reach the terminal.
+        if not name.isprintable():
             raise DamagedFile(
                 f"{file} names {name!r}, which is no file's name: put back a copy of it"
             )
@@ -159,18 +159,18 @@ def _names(directory: pathlib.Path) -> set[str]:
 
 def find_damage(
     directory: pathlib.Path,
-    share: int = 0,
-    shares: int = 1,
+    reader: int = 0,
+    readers: int = 1,
     required: Iterable[str] = (),
     **facts: int,
 ) -> str:
-    """Compare the files of `directory` with its manifest; return what is wrong with the first that
-    differs, "" if none does.
+    """Compare the files of `directory` with its manifest.
 
-    `required`: names that the manifest has to list. Files that it does not list are damage too, but
-    for hidden ones, which systems leave behind and nothing here reads. Every one of several hosts
-    takes one of `shares`; the first looks for files that are not listed. The manifest must have the
-    same `facts`: one of another directory fits its own files wherever it is copied or renamed to.
+    Returns a description of the first difference, "" if there is none. The manifest must list the
+    names `required`. Unlisted files are damage too, except hidden ones, which systems leave behind
+    and nothing reads. Each of several hosts is one of `readers` and checks some of the files;
+    reader 0 also checks for unlisted ones. The manifest must have the same `facts`: the manifest of
+    another directory fits its own files wherever it is copied or renamed to.
     """
     if os.path.lexists(directory) and not directory.is_dir():
         return "it is no directory"
@@ -188,15 +188,16 @@ def find_damage(
             return f"{MANIFEST} does not list {name}"
     unlisted = (
         sorted(name for name in _names(directory) - files.keys() if "/." not in f"/{name}")
-        if share == 0
+        if reader == 0
         else []
     )
     if unlisted:
         return f"{escaped(unlisted[0])} is not listed in {MANIFEST}"
-    mine = dict(sorted(files.items())[share::shares])
+    # Sorted and strided: all hosts divide the files alike, without communication.
+    mine = dict(sorted(files.items())[reader::readers])
     with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
         found = list(pool.map(lambda item: _stat(directory / item[0]), mine.items()))
-    signature = (directory, share, shares, tuple(zip(mine.items(), found, strict=True)))
+    signature = (directory, reader, readers, tuple(zip(mine.items(), found, strict=True)))
     if signature in _intact:
         return ""
     for (name, (size, _)), state in zip(mine.items(), found, strict=True):
@@ -210,13 +211,15 @@ def find_damage(
         for reason in pool.map(lambda item: _differs(directory, item[0], item[1][1]), mine.items()):
             if reason:
                 return reason
+    # Only a directory found intact is remembered: a damaged one may be repaired.
     _intact.add(signature)
     return ""
 
 
 def _stat(path: pathlib.Path) -> tuple[int, int, int] | None:
-    """Return (bytes, time of change, inode) of a regular file, None for anything else: reading a
-    FIFO or a device need not end.
+    """Return (bytes, time of change, inode) of a regular file, None for anything else.
+
+    Reading a FIFO or a device might block for ever.
     """
     try:
         state = path.stat()

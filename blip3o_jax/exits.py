@@ -77,9 +77,7 @@ class _Process:
         self._raise_pending = False  # whether the next one is raised
 
     def detach(self) -> None:
-        """Forget the other hosts: the state before a job of several is joined and after it is
-        left.
-        """
+        """Reset the hooks of a job of several hosts, before it is joined and after it is left."""
         self.prefix = ""  # of the line that reports the end, such as "host 1: "
         # Returns the lost host behind an error, or the error.
         self.find_cause: Callable[[BaseException], BaseException] = lambda error: error
@@ -104,14 +102,14 @@ class _Process:
         threading.Thread(target=self._listen, args=(read,), name="signals", daemon=True).start()
 
     def _interrupt(self, number: int, frame: FrameType | None) -> None:
-        """Raise KeyboardInterrupt in the main thread, once the other thread has decided on it.
+        """Raise KeyboardInterrupt in the main thread, if the signals' thread has decided to.
 
-        Python runs handlers in the order of the signals' numbers, not of their coming, so that only
-        the other thread sees that SIGTERM came before Ctrl-C.
+        Python runs handlers in the order of the signals' numbers, not of their arrival, so that
+        only that thread knows whether SIGTERM came before Ctrl-C.
         """
         if self._raise_pending and not self._reported:
             self._raise_pending = False
-            if _importing(frame):  # libraries crash where one is thrown while they load
+            if _importing(frame):  # an exception in the middle of an import crashes libraries
                 self.end(KeyboardInterrupt())
             raise KeyboardInterrupt
 
@@ -176,8 +174,9 @@ class _Process:
         threading.Thread(target=end, name="deadline", daemon=True).start()
 
     def report(self, error: BaseException) -> int | None:
-        """Report the error that ends the process, unless another thread is reporting one: that
-        thread then ends the process.
+        """Report the error that ends the process, unless another thread is reporting one.
+
+        That thread then ends the process.
         """
         with self._lock:
             reported = self._reported
@@ -193,7 +192,7 @@ class _Process:
         self.leave(_traceback(error) if status is None else status)
 
     def leave(self, status: int) -> None:
-        """End the process, and those it has started, whatever its threads are doing."""
+        """End the process and its child processes, even if threads are blocked."""
         self._reported = True
         notifying = threading.Thread(
             target=self.notify_peers, args=(status, self._line), daemon=True
@@ -253,8 +252,9 @@ class Stopped(RunEnded):
 
 
 class _Stdout(io.TextIOWrapper):
-    """Name the standard output in its errors, where the system's name no file. An error that a
-    writer has ignored, as argparse does, is raised again by `flush`.
+    """Name the standard output in errors of writing, in which the system names no file.
+
+    `flush` raises an error again that a writer has ignored, as argparse does.
     """
 
     failed: OSError | None = None
@@ -279,9 +279,10 @@ class _Stdout(io.TextIOWrapper):
 
 
 def _open_streams() -> None:
-    """Have all three standard streams open, on /dev/null where the parent has closed them (`>&-`):
-    Python has None for such a stream, and the next file opened would get its number and what
-    libraries print.
+    """Open the standard streams that the parent has closed (`>&-`) on /dev/null.
+
+    Python has None for such a stream, and the next file to be opened would get its number, and
+    with it what libraries print.
     """
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         try:
@@ -293,7 +294,7 @@ def _open_streams() -> None:
                 os.close(null)
             os.set_inheritable(number, True)
         if getattr(sys, name) is None:
-            stream = open(number, "w" if number else "r", encoding="utf-8", closefd=False)  # noqa: SIM115
+            stream = os.fdopen(number, "w" if number else "r", encoding="utf-8", closefd=False)
             setattr(sys, name, stream)
             setattr(sys, f"__{name}__", stream)
     old = sys.stdout
@@ -326,9 +327,7 @@ def install() -> None:
 
 
 def listen_for_stop(line: str) -> None:
-    """Let SIGTERM and SIGHUP end the process at once with `line` and status 75, until a run has
-    something to save.
-    """
+    """End the process at SIGTERM and SIGHUP with `line` and status 75, until a run can save."""
     if process.installed:
         process.stop_line = line
         for number in (signal.SIGTERM, signal.SIGHUP):
@@ -337,8 +336,10 @@ def listen_for_stop(line: str) -> None:
 
 
 def bounded_close(close: Callable[[], object]) -> Callable[[Any, BaseException | None, Any], None]:
-    """Return a callback for `ExitStack.push` that calls `close()`. Where the block has failed, the
-    call is bounded in time and its errors become notes of the block's.
+    """Return a callback for `ExitStack.push` that calls `close()`.
+
+    If the block has failed, the call is bounded in time, and its errors become notes of the
+    block's error.
     """
 
     def exit(kind: Any, error: BaseException | None, where: Any) -> None:

@@ -14,9 +14,8 @@ from typing import IO, Any
 
 from blip3o_jax.config import UserError
 
-# Errors of the disk rather than of a path, and what to do about them. They are a user's errors
-# wherever they occur, also as the cause of another exception; other errors only where they name a
-# path.
+# Errors of the disk rather than of a path, with advice. They are user errors wherever they occur,
+# also as the cause of another exception; other errors are only if they name a path.
 TROUBLE = {
     errno.ENOSPC: "free some",
     errno.EDQUOT: "free some, or ask for more",
@@ -29,18 +28,17 @@ TROUBLE = {
     errno.ENAMETOOLONG: "choose a shorter one",
 }
 _BY_TEXT = {os.strerror(number): number for number in TROUBLE}
-# TensorStore hands the system's errors on as text, which Orbax wraps in exceptions of its own.
+# TensorStore reports the system's errors as text, which Orbax wraps in its exceptions.
 _CODE = re.compile(r"os_error_code='(\d+)'")
 _PATH = re.compile(r"""["'](/[^"']+)["']""")
 
 
 def system_error(error: BaseException) -> OSError | None:
-    """Return the file system's error that `error` is, or that it was raised from or while handling;
-    None for another kind.
+    """Return the file system's error that is `error` or its cause or context; None for others.
 
-    An error that names a path counts where it is `error` itself: behind another exception it may
-    have been expected, such as a file that need not exist. A disk that is full, broken or read-only
-    counts wherever it is found.
+    An error that names a path is returned only if it is `error` itself: as the cause of another
+    exception it may have been expected, such as for an optional file. An error of the disk (full,
+    broken, read-only) is returned wherever it is found.
     """
     if isinstance(error, OSError) and (error.filename is not None or error.errno in TROUBLE):
         return error
@@ -48,11 +46,11 @@ def system_error(error: BaseException) -> OSError | None:
 
 
 def raise_trouble(error: BaseException) -> None:
-    """Raise the system's error of TROUBLE that is behind `error`, if one is: what could not be read
-    because of the machine must not be kept as damaged. A name that is too long is the data's.
+    """Raise the system's error of TROUBLE that caused `error`, if one did.
 
-    The text of a UserError is not searched, since it may quote any name; what it was raised from
-    is.
+    Data that cannot be read because of the machine must not be recorded as damaged. A name that is
+    too long is a fault of the data. The text of a UserError is not searched, since it may quote any
+    name; its cause is.
     """
     for each in _chain(error):
         number = getattr(each, "errno", None)
@@ -96,7 +94,7 @@ def _trouble(error: BaseException) -> OSError | None:
     )
     if number not in TROUBLE:
         return None
-    # The innermost path comes last; a lock beside the file says less than the file.
+    # The innermost path comes last; the file is more informative than its lock.
     paths = _PATH.findall(text)
     return OSError(
         number, os.strerror(number), paths[-1].removesuffix(".__lock") if paths else None
@@ -105,9 +103,10 @@ def _trouble(error: BaseException) -> OSError | None:
 
 @contextlib.contextmanager
 def writing(path: pathlib.Path) -> Iterator[None]:
-    """Raise what the system says of the disk as OSError, also from behind another exception, and
-    with `path` where it names no path: errors of writing to an open file have none. Other errors
-    without a path, such as those of a connection, stay.
+    """Raise errors of the file system as OSError with a path.
+
+    The cause of another exception counts too. Errors of writing to an open file name no path: they
+    get `path`. Other errors, such as those of a connection, are raised unchanged.
     """
     try:
         yield
@@ -123,12 +122,11 @@ def writing(path: pathlib.Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def replacing(path: pathlib.Path, mode: str = "w", *, shared: bool = False) -> Iterator[IO[Any]]:
-    """Open a file that takes the place of `path`, on disk, when the block ends; a kill or an
-    exception leaves the old one.
+    """Open a temporary file that replaces `path`, flushed to disk, when the block ends.
 
-    `mode` is "w" for UTF-8 text or "wb" for bytes. `shared`: several hosts may write the same file
-    at once. It is never `path` itself that is opened: in a directory from elsewhere that may be a
-    link to any file of the user's.
+    A kill or an exception leaves the old file. `mode` is "w" for UTF-8 text or "wb" for bytes. With
+    `shared` several hosts may write the same file at once. `path` itself is never opened: in an
+    untrusted directory it may be a link to any file of the user.
     """
     unique = f".{uuid.uuid4().hex}" if shared else ""
     partial = path.with_name(f".{path.name[:100]}{unique}.partial")
@@ -137,10 +135,14 @@ def replacing(path: pathlib.Path, mode: str = "w", *, shared: bool = False) -> I
             path.parent.mkdir(parents=True, exist_ok=True)
             partial.unlink(missing_ok=True)
             with partial.open(
-                mode.replace("w", "x"), encoding=None if "b" in mode else "utf-8"
+                # "x" fails on a file or link that somebody has put there meanwhile.
+                mode.replace("w", "x"),
+                encoding=None if "b" in mode else "utf-8",
             ) as file:
                 yield file
                 file.flush()
+                # On disk before the rename: after a power cut the new name must not refer to an
+                # empty file.
                 os.fsync(file.fileno())
             partial.replace(path)
         finally:
@@ -166,8 +168,9 @@ def replace_bytes(path: pathlib.Path, data: bytes, *, shared: bool = False) -> N
 
 
 def make_directories(path: pathlib.Path) -> list[pathlib.Path]:
-    """Make a directory and those above it that are missing; return those made, outermost first. An
-    OSError leaves none. Raises UserError for a link that leads nowhere.
+    """Create a directory and its missing parents; return those created, outermost first.
+
+    After an OSError none of them is left. Raises UserError for a link that leads nowhere.
     """
     made: list[pathlib.Path] = []
     try:
@@ -194,15 +197,17 @@ def _check_links(path: pathlib.Path, prefix: str = "") -> None:
 
 
 def remove_empty(made: list[pathlib.Path]) -> None:
-    """Remove the directories that `make_directories` has made, except those that are not empty."""
+    """Remove those directories of `make_directories` that are empty."""
     with contextlib.suppress(OSError):
         for path in reversed(made):
             path.rmdir()
 
 
 def check_regular(path: str | os.PathLike[str]) -> None:
-    """Raise UserError unless `path` is a regular file: a pipe or a device would be waited for, and
-    may never end. OSError where it is a directory, or there is nothing."""
+    """Raise UserError for a pipe or a device, reading which might block for ever.
+
+    Raises OSError for a directory or a missing file.
+    """
     mode = os.stat(path).st_mode
     if stat.S_ISDIR(mode):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(path))
@@ -213,7 +218,8 @@ def check_regular(path: str | os.PathLike[str]) -> None:
 
 
 def check_out_directory(out: pathlib.Path, flag: str = "--out") -> None:
-    """Raise UserError unless `out` is a directory, or can become one, that files can be written to.
+    """Raise UserError unless `out` is, or can become, a writable directory.
+
     Leaves nothing behind.
     """
     with _refused(out, flag):
@@ -224,7 +230,8 @@ def check_out_directory(out: pathlib.Path, flag: str = "--out") -> None:
 
 
 def check_out_file(out: pathlib.Path, flag: str = "--out") -> None:
-    """Raise UserError unless `out` is a file, or can become one, in a directory that is there.
+    """Raise UserError unless `out` is, or can become, a file in an existing directory.
+
     Leaves nothing behind.
     """
     with _refused(out, flag):

@@ -43,12 +43,11 @@ class Family:
 class PartSpec:
     """Hold the description of a part of the model.
 
-    `field`: the field of `ModelConfig` that holds its settings. `families`: by default the first.
-    `seed_index`: folded into the model's key for its initial weights; every part has its own, which
-    no later part takes again. `arguments`: what the network is made of beside `rngs`, positional
-    and by keyword; its settings alone where None. `strategies`: where its parameters and
-    activations do not lie as a strategy's own table has them, {strategy: table of
-    parallel/rules.py}.
+    `field` is the field of `ModelConfig` that holds its settings; the first of `families` is the
+    default. `seed_index` is folded into the key of the initial weights; every part has its own,
+    which no later part takes again. `arguments` returns the network's positional and keyword
+    arguments other than `rngs`; None means its settings alone. `strategies` replaces a strategy's
+    table for this part: {strategy: table of parallel/rules.py}.
     """
 
     field: str
@@ -83,9 +82,9 @@ _CONNECTOR = (
         "blip3o_jax.convert.conversions:CONNECTOR",
     ),
 )
-# An encoder's heads and feed-forward stay whole: it is small beside its activations.
+# An encoder's heads and feed-forward are not sharded: it is small compared with its activations.
 _ENCODER = {"fsdp_tp": "fsdp"}
-# The tokens of a row, or of a map of latents, lie over several devices.
+# The tokens of a row, or of a map of latents, are sharded.
 _SEQUENCE = {"fsdp_sp": "fsdp_sp"}
 
 # Not of a part: the initial embeddings of image tokens from the codes (blip3o.py).
@@ -147,7 +146,7 @@ PART_TABLE: dict[str, PartSpec] = {
         seed_index=4,
         strategies=_SEQUENCE,
     ),
-    # Whole on every device: it is small beside its activations.
+    # Replicated: it is small compared with its activations.
     "vae": PartSpec(
         "vae",
         (Family(DcAeConfig, "blip3o_jax.vae.dc_ae:DcAe", "blip3o_jax.convert.conversions:DC_AE"),),
@@ -171,8 +170,9 @@ def settings_of(part: str, cfg: ModelConfig) -> Any:
 
 
 def family_of(part: str, cfg: ModelConfig) -> Family:
-    """Return the row of a part whose settings are of the type in `cfg`. TypeError where the table
-    has none.
+    """Return the family of a part that has the type of its settings in `cfg`.
+
+    Raises TypeError if the table has none.
     """
     settings = settings_of(part, cfg)
     for family in PART_TABLE[part].families:
@@ -190,5 +190,5 @@ def make_part(part: str, cfg: ModelConfig, rngs: Any) -> Any:
 
 @functools.cache
 def resolve(name: str) -> Any:
-    """Return what "module:attribute" names."""
+    """Return the object that "module:attribute" names."""
     return pkgutil.resolve_name(name)

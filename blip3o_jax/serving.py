@@ -74,6 +74,8 @@ class MemoryBudget:
     @contextlib.contextmanager
     def reserve(self, size: int) -> Iterator[None]:
         """Reserve `size` bytes for a `with` block. Raises Refused (503) if too few are free."""
+        # The reserve for small requests: a few large bodies must not lock out health checks and
+        # small clients.
         limit = self.size if size <= self._small else self.size - self.size // 8
         if self.reserved + size > limit:
             raise Refused(503, "the current requests take all the memory: try again later")
@@ -88,10 +90,12 @@ def content_length(request: Request, largest: int) -> int:
     """Return the length in bytes that the headers give. Raises Refused: 411 without a
     Content-Length, 400 if it is not a number, 413 if it exceeds `largest`."""
     length = request.headers.get("content-length")
+    # A chunked body has no length in advance, for which memory could be reserved.
     if length is None or "transfer-encoding" in request.headers:
         raise Refused(411, "send the body in one piece, with its Content-Length")
     if not (length.isascii() and length.isdigit()):
         raise Refused(400, "Content-Length is not a number")
+    # The number of digits first: Python refuses to convert more than 4300.
     if len(length) > 15 or int(length) > largest:
         raise Refused(413, f"the body is longer than {largest} bytes")
     return int(length)
@@ -103,6 +107,8 @@ async def read_body(request: Request, limits: ConnectionLimits) -> bytearray:
     body = bytearray()
     pieces = aiter(request.stream())
     try:
+        # Two deadlines: the inner one for a client that has stopped, the outer one for a client
+        # that sends a byte at a time.
         async with asyncio.timeout(limits.body_seconds):
             while True:
                 async with asyncio.timeout(limits.idle_seconds):
@@ -184,7 +190,10 @@ class Service:
                 Exception: _failed,
             },
         )
+        # A redirect would make clients send the body twice.
         self._app.router.redirect_slashes = False
+        # Bound here, not by uvicorn: a port in use is an error of one line before anything is
+        # started.
         self._socket = _bound(what, host, port)
         name = f"[{host}]" if ":" in host else host
         self.url = f"http://{name}:{self._socket.getsockname()[1]}"
@@ -297,6 +306,8 @@ class _Answer:
                 headers = [*message.get("headers", ()), (b"connection", b"close")]
                 message = {**message, "headers": headers}
         elif self._closing and not message.get("more_body", False):
+            # The answer is sent, but its end is held back while the rest of the body is read:
+            # uvicorn closes the connection at the end.
             await self._bounded({**message, "more_body": True})
             if self.status != 408:  # this body has had its time already
                 await self._linger()
@@ -366,7 +377,7 @@ async def _serving(services: Sequence[Service]) -> AsyncIterator[list[asyncio.Ta
     yield tasks
 
 
-class Background:
+class BackgroundServer:
     """Serve in a thread of this process for the length of a `with` block."""
 
     def __init__(self, services: Sequence[Service]):
@@ -376,7 +387,7 @@ class Background:
             target=lambda: asyncio.run(self._run()), name="http", daemon=True
         )
 
-    def __enter__(self) -> "Background":
+    def __enter__(self) -> "BackgroundServer":
         self._thread.start()
         self._started.wait()
         return self
@@ -394,6 +405,7 @@ class Background:
 
 def _has_token(scope: Mapping[str, Any], token: str) -> bool:
     sent = [value for name, value in scope["headers"] if name == b"authorization"]
+    # Constant time: the time of `==` would reveal the token's first bytes.
     return len(sent) == 1 and hmac.compare_digest(sent[0], f"Bearer {token}".encode())
 
 
@@ -402,6 +414,7 @@ def _bound(what: str, host: str, port: int) -> socket.socket:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         listener = socket.socket(family, socket.SOCK_STREAM)
         try:
+            # A restart does not wait for connections of the last run in TIME_WAIT.
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             listener.bind((host, port))
             listener.listen(BACKLOG)

@@ -22,7 +22,7 @@ from starlette.routing import Route
 from blip3o_jax import serving
 from blip3o_jax.config import UserError
 from blip3o_jax.connections import BUSY, ConnectionLimits, allow_open_files
-from blip3o_jax.serving import Background, MemoryBudget, Refused, Service
+from blip3o_jax.serving import BackgroundServer, MemoryBudget, Refused, Service
 
 LIMITS = ConnectionLimits(
     max_connections=8,
@@ -79,7 +79,7 @@ def service(registry):
         registry=registry,
         prefix="t",
     )
-    with Background([service]):
+    with BackgroundServer([service]):
         yield service
     service.close()
 

@@ -47,7 +47,13 @@ def run_isolated(
                 str(row_file),
             ]
             process = subprocess.Popen(
-                command, env=environment, stdin=subprocess.PIPE, stdout=log, stderr=log
+                # The pipe is never written to: it ends when this process does, which ends the child
+                # (`_end_with_parent`).
+                command,
+                env=environment,
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=log,
             )
             try:
                 status = _wait(process, name)

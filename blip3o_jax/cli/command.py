@@ -17,7 +17,7 @@ class Parser(argparse.ArgumentParser):
         )
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        # Before argparse looks: it would tell a flag that is required and misspelt as missing.
+        # Before argparse looks: it would report a required flag that is misspelt as missing.
         if args is not None and self._subparsers is None:
             for flag in args:
                 name = flag.partition("=")[0]

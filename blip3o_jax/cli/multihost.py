@@ -11,9 +11,7 @@ from blip3o_jax import files
 def on_all_hosts(
     args: argparse.Namespace, stages: dict[str, Any], run: Callable[[Path], None]
 ) -> int:
-    """`run`, with the working directory, on every host of the job, once they agree on what it
-    is.
-    """
+    """Call `run` with the working directory on every host, after checking their consistency."""
     from blip3o_jax import config
     from blip3o_jax.parallel import distributed
 
@@ -34,7 +32,9 @@ def on_all_hosts(
 
 
 def default_workdir(config: str) -> Path:
-    """runs/pretrain-1.7b for configs/pretrain.py:1.7b, runs/finetune-mine for
+    """Return the working directory that the name of a configuration implies.
+
+    It is runs/pretrain-1.7b for configs/pretrain.py:1.7b, runs/finetune-mine for
     configs/finetune.py:checkpoints/mine, runs/rl-ocr-mine for configs/rl.py:ocr:checkpoints/mine.
     """
     path, _, argument = config.partition(".py:")

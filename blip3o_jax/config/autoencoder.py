@@ -26,9 +26,7 @@ class _InnerStagesHaveLayers:
 
 
 class AutoencoderConfig(PartConfig, path="model.vae"):
-    """Say what the settings of every autoencoder offer (its network:
-    `vae.protocol.Autoencoder`).
-    """
+    """Declare the settings that all autoencoders have (networks: `vae.protocol.Autoencoder`)."""
 
     latent_channels: int
     scaling_factor: float  # latents times it have about unit variance

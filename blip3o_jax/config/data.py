@@ -24,7 +24,8 @@ class SourceConfig(ConfigGroup, path="data.sources"):
     weight: Positive = 1.0
     split: Path = "train"
     task: Literal["", "reconstruct"] = ""
-    # Format folder: where images lie, and are named from, beside the directory of captions.jsonl.
+    # Format folder: a directory that image paths are relative to, in addition to the directory of
+    # captions.jsonl.
     images: Path = ""
 
 

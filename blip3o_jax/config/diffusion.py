@@ -29,8 +29,8 @@ class ConnectorConfig(ConfigGroup, path="model.connector"):
     and the DiT's caption channels.
     """
 
-    # Adds sine-cosine positions to the hidden states. The published model does without: it has had
-    # the training in which rotary attention alone comes to tell a token its place in the image.
+    # Adds sine-cosine positions to the hidden states. The published model does without: its
+    # training was long enough to learn a token's place in the image from rotary attention alone.
     positions: bool = False
     rms_norm_eps: Epsilon = 1e-5
     norm_init: Finite = 5.5**0.5
@@ -39,8 +39,9 @@ class ConnectorConfig(ConfigGroup, path="model.connector"):
 
 
 class DiffusionHeadConfig(PartConfig, path="model.dit"):
-    """Say what the settings of every diffusion head offer (its network:
-    `dit.protocol.DiffusionHead`).
+    """Declare the settings that all diffusion heads have.
+
+    Their networks implement `dit.protocol.DiffusionHead`.
     """
 
     # Whether a velocity depends on how many equal condition tokens there are. Where it does not,
@@ -131,7 +132,7 @@ class MMDiTConfig(DiffusionHeadConfig, path="model.dit", model_type="mmdit"):
     tokens.
     """
 
-    counts_condition_tokens: ClassVar[bool] = True  # they share a softmax with the latents
+    counts_condition_tokens: ClassVar[bool] = True  # they are in one softmax with the latents
 
     sample_size: Side = 32
     patch_size: Side = 1

@@ -76,10 +76,11 @@ class ConfigGroup:
 
 
 class PartConfig(ConfigGroup):
-    """Be the base of the settings of a part with several families, which the type distinguishes.
+    """Define the base of settings of a part with several families, distinguished by their types.
 
-    A direct subclass stands for the part: it annotates what every family offers, and is the type of
-    the field that holds the part's settings. A dataclass below it with a `model_type` is a family:
+    A direct subclass represents the part: it annotates the settings that all families have, and is
+    the type of the field that holds the part's settings. A dataclass below it with a `model_type`
+    is a family:
 
         class LanguageModelConfig(PartConfig, path="model.ar"): ...
         class Qwen3Config(LanguageModelConfig, path="model.ar", model_type="qwen3"): ...

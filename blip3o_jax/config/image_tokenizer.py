@@ -81,8 +81,9 @@ class EncoderSizes(NamedTuple):
 
 
 class ImageTokenizerConfig(PartConfig, path="model.tokenizer"):
-    """Say what the settings of every vision tokenizer offer (its network:
-    `image_tokens.protocol.ImageTokenizer`).
+    """Declare the settings that all vision tokenizers have.
+
+    Their networks implement `image_tokens.protocol.ImageTokenizer`.
     """
 
     codebook_size: int

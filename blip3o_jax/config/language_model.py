@@ -13,8 +13,7 @@ QWEN_LINEAR = ("q", "k", "v", "o", "gate", "up", "down")
 
 
 class LanguageModelConfig(PartConfig, path="model.ar"):
-    """Say what the settings of every language model offer (its network:
-    `ar.protocol.LanguageModel`).
+    """Declare the settings that all language models have (networks: `ar.protocol.LanguageModel`).
 
     `vocab_size` counts the rows in use; the rows stored are padded up to a multiple of
     `vocab_multiple` so that the table shards evenly (`Vocabulary` in text/ owns the ids).
@@ -70,7 +69,7 @@ class QwenConfig(LanguageModelConfig, path="model.ar"):
     tie_word_embeddings: bool = True
     initializer_range: Annotated[float, Bounds(0, 100)] = 0.02
     # Deviation the token embeddings start with; None: initializer_range. Training from nothing
-    # learns faster where the embeddings are not small beside what the layers add to them.
+    # learns faster if the embeddings are not small compared with what the layers add to them.
     embedding_range: Annotated[float, Bounds(0, 100)] | None = None
     vocab_multiple: Annotated[int, Bounds(1, 2**16)] = 512
     # Of vocab_size: rows at the end that no id stands for, as some published checkpoints

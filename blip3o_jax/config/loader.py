@@ -86,7 +86,7 @@ def _directories(path: pathlib.Path) -> list[pathlib.Path]:
     if path.is_absolute() or path.parts[0] != "configs":
         return [path.parent]
     package = pathlib.Path(__file__).parent.parent
-    # A wheel holds it as blip3o_jax/configs; in a clone it lies beside the package.
+    # A wheel holds it as blip3o_jax/configs; in a clone it is next to the package.
     installed = package / "configs"
     root = installed if installed.is_dir() else package.parent / "configs"
     return [path.parent, root.joinpath(*path.parts[1:-1])]
@@ -101,8 +101,10 @@ def _values(path: pathlib.Path, returned: Any) -> dict[str, Any]:
 
 
 def _checked(path: pathlib.Path, values: dict[str, Any], *, in_python: bool) -> Config:
-    """Return the `Config` of `values`. What a dataclass refuses was told with its place in the file
-    already; a ConfigDict takes anything, and its fields are checked here.
+    """Return the `Config` of `values`.
+
+    Dataclasses have reported invalid values with their line already; a ConfigDict accepts
+    anything, so that its fields are checked here.
     """
     try:
         return from_dict(values)
@@ -181,7 +183,7 @@ def _get_config(path: pathlib.Path) -> Callable[..., Any]:
 
 
 def _run_user_code(path: pathlib.Path, call: Callable[[], Any]) -> Any:
-    """Return `call()`; UserError of one line with its place in the file for whatever goes wrong."""
+    """Return `call()`, and raise any exception as a UserError of one line with its place."""
     try:
         return call()
     except SyntaxError as error:

@@ -42,7 +42,7 @@ class Config(ConfigGroup):
     trainable: tuple[Regex, ...] = ()
     # Steps in a row with a non-finite loss or gradient before the run stops.
     max_nonfinite: PositiveInt = 10
-    # Seconds without progress after which stderr tells which host is stuck in what; 0 for
+    # Seconds without progress after which stderr names the stuck host and its phase; 0 for
     # never.
     watchdog: Annotated[float, Bounds(0, 1e7, note="0 switches it off")] = 600.0
     model: ModelConfig = ModelConfig()

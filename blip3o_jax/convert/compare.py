@@ -29,7 +29,7 @@ from blip3o_jax.config import Config, LossConfig, MeshConfig, ModelConfig, repla
 from blip3o_jax.convert import torch_model
 from blip3o_jax.convert.conversions import stacked_layers
 from blip3o_jax.convert.report import TOLERANCE, Output, relative_error
-from blip3o_jax.convert.source import Source
+from blip3o_jax.convert.source import TorchSource
 from blip3o_jax.convert.tables import PREFIXES
 from blip3o_jax.dit.protocol import Condition
 from blip3o_jax.parallel.rules import Strategy
@@ -46,7 +46,7 @@ LATENT_SIZE = 8
 
 
 @dataclasses.dataclass(frozen=True)
-class Computation:
+class PartComputation:
     """Hold a computation from `inputs` to named outputs, as PyTorch and JAX functions.
 
     `valid_BL` is the mask of the AR's positions that are not padding.
@@ -75,7 +75,7 @@ def compare(
     config: Config,
     ema: bool,
     parts: Sequence[str],
-    computations: Sequence[Computation],
+    computations: Sequence[PartComputation],
     expected: Sequence[TorchResult],
 ) -> tuple[Output, ...]:
     """Run `computations` on the checkpoint at `path` and compare with PyTorch's results.
@@ -84,6 +84,7 @@ def compare(
     """
     gc.collect()  # free PyTorch's model, which the caller no longer references
     graphdef, params = load_jax(path, config, parts, ema=ema)
+    # TPUs and GPUs round float32 factors otherwise, by more than the tolerance.
     with jax.default_matmul_precision("highest"):
         return tuple(
             output
@@ -109,7 +110,7 @@ def load_jax(
     return graphdef, jax.tree.unflatten(tree, leaves)
 
 
-def computations(part: str, source: Source, seed: int) -> list[Computation]:
+def computations(part: str, source: TorchSource, seed: int) -> list[PartComputation]:
     """Return the computations to compare a part in; inputs depend only on seed and part."""
     cfg = source.config.model
     rng = np.random.default_rng([seed, list(PREFIXES).index(part)])
@@ -124,7 +125,7 @@ def computations(part: str, source: Source, seed: int) -> list[Computation]:
     return [_connector_computation(part, cfg, rng)]
 
 
-def shared_vocab_size(source: Source) -> int:
+def shared_vocab_size(source: TorchSource) -> int:
     """Return the number of ids with rows on both sides.
 
     The rows of image tokens are missing in the files if the import initialised them.
@@ -136,9 +137,10 @@ def shared_vocab_size(source: Source) -> int:
     )
 
 
-def _ar_computation(cfg: ModelConfig, ids: int, rng: np.random.Generator) -> Computation:
+def _ar_computation(cfg: ModelConfig, ids: int, rng: np.random.Generator) -> PartComputation:
     """Return a computation on three rows: full, padded right, and padded left."""
     index_L = np.arange(ROW_LENGTH)
+    # Both sides of padding: an error in positions or masks shows in one of them.
     segments_BL = np.stack([index_L >= 0, index_L < ROW_LENGTH - 5, index_L >= 7]).astype(np.int32)
     inputs = {
         "tokens": rng.integers(0, ids, segments_BL.shape, np.int32),
@@ -156,10 +158,12 @@ def _ar_computation(cfg: ModelConfig, ids: int, rng: np.random.Generator) -> Com
         hidden_BLD = model.hidden(x["tokens"], x["positions"], x["segments"])
         return {"hidden states": hidden_BLD, "logits": model.ar.logits(hidden_BLD)[..., :ids]}
 
-    return Computation(inputs, torch_outputs, jax_outputs, segments_BL > 0)
+    return PartComputation(inputs, torch_outputs, jax_outputs, segments_BL > 0)
 
 
-def _connector_computation(part: str, cfg: ModelConfig, rng: np.random.Generator) -> Computation:
+def _connector_computation(
+    part: str, cfg: ModelConfig, rng: np.random.Generator
+) -> PartComputation:
     """Return a computation on two rows, one of them dropped."""
     arguments = PART_TABLE[part].arguments
     assert arguments is not None, "a connector is made from its widths"
@@ -169,10 +173,10 @@ def _connector_computation(part: str, cfg: ModelConfig, rng: np.random.Generator
         "keep": np.array([True, False]),
     }
     both = lambda model, x: {"condition": getattr(model, part)(x["x"], x["keep"])}
-    return Computation(inputs, both, both)
+    return PartComputation(inputs, both, both)
 
 
-def _tokenizer_computations(cfg: ModelConfig, rng: np.random.Generator) -> list[Computation]:
+def _tokenizer_computations(cfg: ModelConfig, rng: np.random.Generator) -> list[PartComputation]:
     size, tokens = cfg.tokenizer.image_size, cfg.tokenizer.num_tokens
     encode = lambda model, x: {
         "features": model.tokenizer.features(x["images"]),
@@ -181,7 +185,7 @@ def _tokenizer_computations(cfg: ModelConfig, rng: np.random.Generator) -> list[
     decode = lambda model, x: {"decoded features": model.tokenizer.decode(x["indices"])}
     images = {"images": rng.uniform(-1, 1, (2, size, size, 3)).astype(np.float32)}
     indices = {"indices": rng.integers(0, cfg.tokenizer.codebook_size, (2, tokens), np.int32)}
-    return [Computation(images, encode, encode), Computation(indices, decode, decode)]
+    return [PartComputation(images, encode, encode), PartComputation(indices, decode, decode)]
 
 
 def latent_size(cfg: ModelConfig) -> int:
@@ -190,7 +194,7 @@ def latent_size(cfg: ModelConfig) -> int:
     return max(min(LATENT_SIZE, cfg.dit.sample_size) // patch, 1) * patch
 
 
-def _dit_computation(cfg: ModelConfig, rng: np.random.Generator) -> Computation:
+def _dit_computation(cfg: ModelConfig, rng: np.random.Generator) -> PartComputation:
     """Return a computation on two latents, higher than wide, at fractional timesteps.
 
     Large timesteps are not compared: the timestep multiplies the rounding error of an embedding's
@@ -203,7 +207,7 @@ def _dit_computation(cfg: ModelConfig, rng: np.random.Generator) -> Computation:
         "timestep": np.array([187.4375, 62.8125], np.float32),
         "condition": _normal(rng, 2, cfg.tokenizer.num_tokens + 1, cfg.dit.caption_channels),
     }
-    return Computation(
+    return PartComputation(
         inputs,
         lambda model, x: {"velocity": model.velocity(x["z"], x["timestep"], x["condition"])},
         lambda model, x: {
@@ -212,23 +216,23 @@ def _dit_computation(cfg: ModelConfig, rng: np.random.Generator) -> Computation:
     )
 
 
-def _vae_computations(cfg: ModelConfig, rng: np.random.Generator) -> list[Computation]:
+def _vae_computations(cfg: ModelConfig, rng: np.random.Generator) -> list[PartComputation]:
     """Return computations on a square image, a wide image, and wide latents."""
     factor = cfg.vae.spatial_compression
     channels = cfg.vae.latent_channels
 
-    def encode(width: int) -> Computation:
+    def encode(width: int) -> PartComputation:
         name = f"encode to 2 x {width}"
         images = {
             "images": rng.uniform(-1, 1, (1, 2 * factor, width * factor, 3)).astype(np.float32)
         }
-        return Computation(
+        return PartComputation(
             images,
             lambda model, x: {name: model.vae.encode(x["images"]).latent},
             lambda model, x: {name: model.vae.encode(x["images"])},
         )
 
-    decode = Computation(
+    decode = PartComputation(
         {"latents": _normal(rng, 1, 2, 3, channels)},
         lambda model, x: {"decode 2 x 3": model.vae.decode(x["latents"]).sample},
         lambda model, x: {"decode 2 x 3": model.vae.decode(x["latents"])},
@@ -236,7 +240,7 @@ def _vae_computations(cfg: ModelConfig, rng: np.random.Generator) -> list[Comput
     return [encode(2), encode(3), decode]
 
 
-def joint_computation(source: Source, seed: int) -> Computation:
+def joint_computation(source: TorchSource, seed: int) -> PartComputation:
     """Return the computation of the joint losses on random codes and latents.
 
     Each row has two noise samples, which both sides share.
@@ -282,7 +286,7 @@ def joint_computation(source: Source, seed: int) -> Computation:
         return {"cross entropy": metrics["ce"], "flow loss": metrics["flow"]}
 
     inputs |= {name: np.asarray(x) for name, x in draws.items()}
-    return Computation(inputs, torch_outputs, jax_outputs, inputs["segment_ids"] > 0)
+    return PartComputation(inputs, torch_outputs, jax_outputs, inputs["segment_ids"] > 0)
 
 
 def _joint_batch(cfg: ModelConfig, image_token_offset: int, rng: np.random.Generator) -> Arrays:
@@ -312,9 +316,10 @@ def _normal(rng: np.random.Generator, *shape: int) -> np.ndarray:
     return rng.standard_normal(shape, np.float32)
 
 
-def run_torch(computation: Computation, model: torch_model.Blip3o) -> TorchResult:
+def run_torch(computation: PartComputation, model: torch_model.Blip3o) -> TorchResult:
     """Run a computation on PyTorch's model, recording its layers."""
     inputs = {name: _channels(torch.tensor(x), 3) for name, x in computation.inputs.items()}
+    # torch indexes with int64.
     inputs = {name: x.long() if x.dtype == torch.int32 else x for name, x in inputs.items()}
     with torch.no_grad(), _capture_torch_layers(model) as layers:
         outputs = computation.torch(model, inputs)
@@ -336,6 +341,7 @@ def _capture_torch_layers(model: torch_model.Blip3o) -> Iterator[list[tuple[str,
 
     def record(name: str, module: torch.nn.Module, args: Any, output: Any) -> None:
         output = output[0] if isinstance(output, tuple) else output
+        # A copy: later layers may write in place.
         seen.append((name, _channels(output, -1).clone().numpy()))
 
     handles = [
@@ -352,7 +358,10 @@ def _capture_torch_layers(model: torch_model.Blip3o) -> Iterator[list[tuple[str,
 
 
 def _compare(
-    computation: Computation, expected_run: TorchResult, merge: Callable[[Any], Any], params: Any
+    computation: PartComputation,
+    expected_run: TorchResult,
+    merge: Callable[[Any], Any],
+    params: Any,
 ) -> list[Output]:
     outputs = jax.jit(lambda params, inputs: computation.jax(merge(params), inputs))(
         params, computation.inputs
@@ -376,7 +385,7 @@ def _compare(
 
 
 def _first_differing_layer(
-    computation: Computation,
+    computation: PartComputation,
     layers: list[tuple[str, np.ndarray]],
     merge: Callable[[Any], Any],
     params: Any,

@@ -13,7 +13,7 @@ import numpy as np
 from blip3o_jax.config import ModelConfig
 from blip3o_jax.convert import stock_config as layouts
 from blip3o_jax.convert import tables
-from blip3o_jax.convert.stock_config import Layout, check_object, refuse
+from blip3o_jax.convert.stock_config import ConfigLayout, check_object, refuse
 from blip3o_jax.convert.tables import Rule
 from blip3o_jax.parts import PART_TABLE, family_of, resolve, settings_of
 
@@ -22,19 +22,19 @@ from blip3o_jax.parts import PART_TABLE, family_of, resolve, settings_of
 class Conversion:
     """Hold one family's conversion to PyTorch and back.
 
-    `rules`: of the part's settings, the table of its tensors. `torch_class`: "module:class" of the
-    network there; a class of transformers or diffusers is made from `layout`, another from the
-    settings. `layers`: the names of the classes there whose instances are stacked here. `velocity`:
-    of a diffusion head there, (module, latents [B, C, H, W], condition tokens, timesteps) ->
-    velocity. `published`: what config.json of a BLIP3o-NEXT directory says in place of the stock
-    values, where that class is of this family. `buffers`: of the settings, the tensors that the
-    stock class stores and computes itself, {name: value}.
+    `rules` maps the part's settings to the table of its tensors. `torch_class` is "module:class" of
+    the PyTorch network; classes of transformers and diffusers are created from `layout`, others
+    from the settings. `layers` names the PyTorch classes whose instances are stacked in this
+    package. `velocity` calls a diffusion head: (module, latents [B, C, H, W], condition tokens,
+    timesteps) -> velocity. `published` holds the values of a BLIP3o-NEXT directory's config.json
+    that differ from the stock class's. `buffers` maps the settings to the tensors that the stock
+    class computes and stores, {name: value}.
     """
 
     rules: Callable[[Any], list[Rule]]
     torch_class: str
     layers: tuple[str, ...] = ()
-    layout: Layout | None = None
+    layout: ConfigLayout | None = None
     velocity: Callable[[Any, Any, Any, Any], Any] | None = None
     published: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     buffers: Callable[[Any], Mapping[str, np.ndarray]] = lambda settings: {}
@@ -67,10 +67,10 @@ DC_AE = Conversion(
 )
 TA_TOK = Conversion(
     tables.ta_tok,
-    "blip3o_jax.convert.torch_model:TaTok",
+    "blip3o_jax.convert.torch_parts:TaTok",
     ("SiglipEncoderLayer", "Siglip2EncoderLayer"),
 )
-CONNECTOR = Conversion(tables.connector, "blip3o_jax.convert.torch_model:Connector")
+CONNECTOR = Conversion(tables.connector, "blip3o_jax.convert.torch_parts:Connector")
 
 
 def conversion_of(part: str, cfg: ModelConfig) -> Conversion:
@@ -85,7 +85,7 @@ def conversions(part: str) -> list[Conversion]:
 
 
 def stacked_layers() -> set[str]:
-    """Return the names of the classes of PyTorch whose instances are stacked here."""
+    """Return the names of the PyTorch classes whose instances are stacked in this package."""
     return {name for part in tables.PREFIXES for c in conversions(part) for name in c.layers}
 
 
@@ -95,9 +95,9 @@ def rules(part: str, cfg: ModelConfig) -> list[Rule]:
 
 
 def stock_config(name: str, cfg: ModelConfig) -> dict[str, Any]:
-    """Return the fields of config.json (JSON values) for `name` "ar", "dit", "vae" or "scheduler":
-    what the stock class is built from. dtype and the ids of special tokens are the exporter's to
-    add.
+    """Return the fields of config.json (JSON values) that the stock class is built from.
+
+    `name` is "ar", "dit", "vae" or "scheduler". The exporter adds dtype and ids of special tokens.
     """
     if name == "scheduler":
         return layouts.SCHEDULER.write(cfg.flow)
@@ -113,8 +113,10 @@ def stock_config(name: str, cfg: ModelConfig) -> dict[str, Any]:
 
 
 def read_stock_config(part: str, values: Any, where: str) -> Any:
-    """Return the settings of a part, of the family whose class the config.json `where` names; of
-    the first family where it names none. What cannot be used raises UserError.
+    """Return the settings of a part from the values of the config.json `where`.
+
+    The family is that of the class that the file names, or the first one if it names none. Raises
+    UserError for values that are not supported.
     """
     check_object(values, where)
     found = [c.layout for c in conversions(part) if c.layout is not None]

@@ -35,6 +35,7 @@ def atomic_directory(
         partial = pathlib.Path(
             tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent)
         )
+        # `mkdtemp` makes the directory private; the output is to be read like any other.
         partial.chmod(0o755)
         yield partial
         names = sorted(path.name for path in partial.iterdir())
@@ -109,6 +110,7 @@ def _replace(out: pathlib.Path, partial: pathlib.Path) -> None:
         partial.rename(out)
         return
     old = partial.with_suffix(".old")
+    # Two renames: the old output is whole under one of the names at every moment.
     out.rename(old)
     try:
         partial.rename(out)

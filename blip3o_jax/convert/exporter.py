@@ -8,11 +8,10 @@ OUT/ar, OUT/dit, OUT/scheduler, OUT/vae, OUT/ta_tok/ta_tok.pth
 """
 
 import dataclasses
-import math
 import pathlib
 import time
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -22,15 +21,15 @@ from blip3o_jax import config as config_lib
 from blip3o_jax.config import Config, TaTokConfig, TextConfig, UserError
 from blip3o_jax.convert.conversions import conversion_of, stock_config
 from blip3o_jax.convert.directory import atomic_directory, check_space
-from blip3o_jax.convert.mapping import Group, groups
+from blip3o_jax.convert.export_tensors import PlannedGroup, write_tensors
+from blip3o_jax.convert.mapping import groups
 from blip3o_jax.convert.memory import PeakMemory
 from blip3o_jax.convert.merged import MergedWeights
-from blip3o_jax.convert.progress import ByteProgress
-from blip3o_jax.convert.record import Record, read_record
-from blip3o_jax.convert.source import EMBEDDINGS, HEAD, SECTION
+from blip3o_jax.convert.record import ConversionRecord, read_record
+from blip3o_jax.convert.source_files import SECTION
 from blip3o_jax.convert.ta_tok_args import args_of, overrides_of
-from blip3o_jax.convert.tables import PREFIXES, Shape
-from blip3o_jax.convert.tensor_files import ShardedWriter, Tensor, cast
+from blip3o_jax.convert.tables import PREFIXES
+from blip3o_jax.convert.tensor_files import Tensor
 from blip3o_jax.convert.text_files import write_text_files
 from blip3o_jax.files import write_json
 from blip3o_jax.lora import base_config
@@ -39,7 +38,6 @@ from blip3o_jax.text.tokenizers import load_tokenizer
 from blip3o_jax.text.vocabulary import NUM_SCALES, Vocabulary
 from blip3o_jax.train.checkpoint import find, read_config, stored_text
 
-PARALLEL_READ_BYTES = 2**27  # parameters up to this total size are read together
 STOCK_PARTS = ("ar", "dit", "vae", "ta_tok")
 PART_OF = {"ta_tok": "tokenizer"}  # names on the command line that differ from the model's
 # The scaling layer in the published layout is the identity: pixels are already in [-1, 1].
@@ -49,7 +47,7 @@ TA_TOK_SCALE_LAYER = {"scale_layer.shift": 0.5, "scale_layer.scale": 0.5}
 
 
 @dataclasses.dataclass(frozen=True)
-class Summary:
+class ExportSummary:
     """Hold the results of an export.
 
     `size` is the bytes written, `tensors` their number, `peak` the peak resident memory in bytes,
@@ -72,7 +70,7 @@ def export_weights(
     max_shard_bytes: int = 5 * 10**9,
     ema: bool = False,
     overwrite: bool = False,
-) -> Summary:
+) -> ExportSummary:
     """Write `out` atomically: the BLIP3o-NEXT layout, or the stock directories of `parts`.
 
     `dtype` "" keeps the checkpoint's. Low-rank factors are merged (merged.py) and the sums rounded
@@ -101,7 +99,7 @@ def export_weights(
             )
         else:
             exporter.write_model(directory)
-    return Summary(
+    return ExportSummary(
         exporter.size, exporter.count, memory.peak, time.monotonic() - began, tuple(exporter.notes)
     )
 
@@ -114,7 +112,7 @@ class _Exporter:
         config: Config,
         root: pathlib.Path,
         weights: MergedWeights,
-        record: Record | None,
+        record: ConversionRecord | None,
         unread: dict[str, Tensor],
         dtype: str,
         max_shard_bytes: int,
@@ -126,7 +124,7 @@ class _Exporter:
         # Only an import of one BLIP3o-NEXT directory has stored the buffers of the reference's
         # class; for other checkpoints they are created.
         self.whole_source = record is not None and not record.own_tokenizer
-        self.record = record or Record()
+        self.record = record or ConversionRecord()
         self.unread = unread
         self.dtype = dtype
         self.max_shard_bytes = max_shard_bytes
@@ -215,7 +213,7 @@ class _Exporter:
         write_json(directory / "args.json", args)
         _write_ta_tok_pth(directory, args, self.notes)
 
-    def _tensors(self, part: str, prefix: str) -> list["_Planned"]:
+    def _tensors(self, part: str, prefix: str) -> list[PlannedGroup]:
         """Return the tensors of one part in the table's order, with their names and dtypes."""
         stored = str(self.weights.dtype(part))
         planned = []
@@ -229,7 +227,7 @@ class _Exporter:
                 names[key]: np.dtype(self.dtype or self._own_dtypes.get(full[key], stored))
                 for key in group.tensors
             }
-            planned.append(_Planned(part, group, shapes, own))
+            planned.append(PlannedGroup(part, group, shapes, own))
         return planned
 
     def _constants(
@@ -254,72 +252,28 @@ class _Exporter:
         self,
         directory: pathlib.Path,
         stem: str,
-        planned: Sequence["_Planned"],
+        planned: Sequence[PlannedGroup],
         constants: dict[str, Tensor],
         max_shard_bytes: int = 0,
     ) -> None:
-        specs: dict[str, tuple[Shape, np.dtype]] = {
-            name: (shape, plan.dtypes[name])
-            for plan in planned
-            for name, shape in plan.shapes.items()
-        }
-        tied = self.record.tied_head and EMBEDDINGS in specs
-        if tied:
-            specs[HEAD] = specs[EMBEDDINGS]
-        specs |= {name: (tensor.shape, tensor.dtype) for name, tensor in constants.items()}
-        size = sum(math.prod(shape) * dtype.itemsize for shape, dtype in specs.values())
-        writer = ShardedWriter(directory, stem, specs, max_shard_bytes or self.max_shard_bytes)
-        try:
-            with ByteProgress("write", size) as progress:
-                for plan, arrays in self._read(planned):
-                    for name, first, tensor in _converted(plan, arrays):
-                        for place in (name, HEAD) if tied and name == EMBEDDINGS else (name,):
-                            if plan.by_rows:
-                                writer.write_rows(place, tensor, first)
-                            else:
-                                writer.write(place, tensor)
-                        progress.add(plan.part, tensor.nbytes)
-                    del arrays, tensor
-            for name, constant in constants.items():
-                writer.write(name, constant.read())
-        except BaseException:
-            writer.abort()
-            raise
-        writer.close()
+        """Write tensors, and count them; note the parts whose low-rank factors were merged."""
+        size, count = write_tensors(
+            directory,
+            stem,
+            planned,
+            constants,
+            self.weights,
+            tied_head=self.record.tied_head,
+            max_shard_bytes=max_shard_bytes or self.max_shard_bytes,
+        )
         self.size += size
-        self.count += len(specs)
+        self.count += count
         merged = [
             part for part in self.weights.merged_parts if any(plan.part == part for plan in planned)
         ]
         self.notes += [
             f"low-rank factors of {part} were merged into its weights" for part in merged
         ]
-
-    def _read(self, planned: Sequence["_Planned"]) -> Iterator[tuple["_Planned", dict[str, Any]]]:
-        """Yield each group of tensors with its parameters.
-
-        Small parameters are read several at a time, since every read has overhead. Large stacks and
-        tables are opened lazily, so that the whole and its pieces are not both in memory.
-        """
-        waiting: list[_Planned] = []
-        for i, plan in enumerate(planned):
-            waiting.append(plan)
-            following = planned[i + 1] if i + 1 < len(planned) else None
-            together = [*waiting, following] if following is not None else waiting
-            if (
-                following is not None
-                and following.part == plan.part
-                and sum(p.size for p in together) <= PARALLEL_READ_BYTES
-            ):
-                continue
-            paths = [path for p in waiting for path in p.group.shapes]
-            if plan.by_rows or (plan.group.rule.stacked and plan.size > PARALLEL_READ_BYTES):
-                arrays = {path: self.weights.open(plan.part, path) for path in paths}
-            else:
-                arrays = self.weights.read(plan.part, paths)
-            for ready in waiting:
-                yield ready, {path: arrays.pop(path) for path in ready.group.shapes}
-            waiting = []
 
     def _vocabulary(self) -> Vocabulary:
         text = stored_text(self.root, TextConfig(kind=self.model.text.kind))
@@ -380,49 +334,9 @@ class _Exporter:
             "max_length": self.config.data.max_length,
         }
         own["sampling"] = config_lib.to_dict(self.config.sampling)
+        # Later ones win: this checkpoint's sizes and ids over the source's values, these over the
+        # defaults.
         return defaults | source | stated | {SECTION: own}
-
-
-@dataclasses.dataclass(frozen=True)
-class _Planned:
-    """Hold a group of parameters and the tensors to write it as.
-
-    `shapes` and `dtypes` are by the tensors' full names, in the order of the layers.
-    """
-
-    part: str
-    group: Group
-    shapes: dict[str, Shape]
-    dtypes: dict[str, np.dtype]
-
-    @property
-    def size(self) -> int:
-        """Return the tensors' size in bytes."""
-        return sum(
-            math.prod(shape) * self.dtypes[name].itemsize for name, shape in self.shapes.items()
-        )
-
-    @property
-    def by_rows(self) -> bool:
-        """Return whether this is a table that is too large to convert at once."""
-        return self.size > PARALLEL_READ_BYTES and self.group.rule.by_rows
-
-
-def _converted(plan: _Planned, arrays: dict[str, Any]) -> Iterator[tuple[str, int, np.ndarray]]:
-    """Yield (name, first row, rows): whole tensors, or a large table a few rows at a time."""
-    for layer, (name, shape) in enumerate(plan.shapes.items()):
-        if plan.by_rows:
-            (table,) = arrays.values()
-            step = max(1, shape[0] * PARALLEL_READ_BYTES // plan.size)
-            for first in range(0, shape[0], step):
-                some = slice(first, min(first + step, shape[0]))
-                rows = table[:, some].T if plan.group.rule.transposed else table[some]
-                yield name, first, cast(name, rows, plan.dtypes[name])
-        else:
-            pieces = {
-                path: a[layer] if plan.group.rule.stacked else a for path, a in arrays.items()
-            }
-            yield name, 0, cast(name, plan.group.to_torch(pieces, shape), plan.dtypes[name])
 
 
 def _constant(name: str, value: float) -> Tensor:

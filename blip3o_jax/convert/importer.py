@@ -26,7 +26,7 @@ from blip3o_jax.convert.mapping import flat, groups
 from blip3o_jax.convert.memory import PeakMemory
 from blip3o_jax.convert.progress import ByteProgress
 from blip3o_jax.convert.record import write_record
-from blip3o_jax.convert.source import Source
+from blip3o_jax.convert.source import TorchSource
 from blip3o_jax.convert.tensor_files import Tensor, cast
 from blip3o_jax.convert.transpose import copy
 from blip3o_jax.parallel.rules import Strategy
@@ -37,7 +37,7 @@ Index = tuple[tuple[int, int], ...]  # start and stop along each dimension
 
 
 @dataclasses.dataclass(frozen=True)
-class Summary:
+class ImportSummary:
     """Hold the results of an import.
 
     `parameters` is the bytes of all parameters, `host_bytes` of those on this host's CPU devices,
@@ -62,8 +62,12 @@ class Summary:
 
 
 def import_weights(
-    source: Source, out: pathlib.Path, mesh: MeshConfig | None = None, *, overwrite: bool = False
-) -> Summary:
+    source: TorchSource,
+    out: pathlib.Path,
+    mesh: MeshConfig | None = None,
+    *,
+    overwrite: bool = False,
+) -> ImportSummary:
     """Write the checkpoint directory `out` atomically; `mesh` is as in `blip3o_jax.load`.
 
     Raises UserError in a run of several processes, or when `out` cannot be written.
@@ -105,10 +109,12 @@ def import_weights(
         host_bytes = sum(s.data.nbytes for s in shards)
         del weights, shards
     largest = max(t.nbytes for tensors in source.tensors.values() for t in tensors.values())
-    return Summary(size, host_bytes, largest, memory.peak, read_seconds, time.monotonic() - began)
+    return ImportSummary(
+        size, host_bytes, largest, memory.peak, read_seconds, time.monotonic() - began
+    )
 
 
-def read_into(plan: StatePlan, source: Source, config: Config) -> dict[str, Any]:
+def read_into(plan: StatePlan, source: TorchSource, config: Config) -> dict[str, Any]:
     """Return the source's parameters in the plan's groups, shardings and dtypes."""
     size = sum(t.nbytes for tensors in source.tensors.values() for t in tensors.values())
     with ByteProgress("read", size) as progress:
@@ -116,7 +122,7 @@ def read_into(plan: StatePlan, source: Source, config: Config) -> dict[str, Any]
 
 
 def _read_parts(
-    plan: StatePlan, source: Source, config: Config, progress: ByteProgress
+    plan: StatePlan, source: TorchSource, config: Config, progress: ByteProgress
 ) -> dict[str, Any]:
     weights: dict[str, Any] = {group: {} for group in WEIGHTS}
     for part in dict.fromkeys(name for group in WEIGHTS for name in plan.abstract[group]):
@@ -164,6 +170,7 @@ def _read_part(
 
 def _prefetch(tensors: list[Tensor]) -> Iterator[np.ndarray]:
     """Yield each tensor's values while a thread reads the next one."""
+    # One thread: a single tensor is held ahead of the one being copied.
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(tensors[0].read)
         for following in [*tensors[1:], None]:
@@ -178,6 +185,7 @@ class _Shards:
 
     def __init__(self, target: jax.ShapeDtypeStruct):
         self.target = target
+        # Keyed by the slice, so that devices that replicate it share one buffer on the host.
         self.devices: dict[Index, list[jax.Device]] = {}
         for device, index in target.sharding.addressable_devices_indices_map(target.shape).items():
             spans = tuple(s.indices(n)[:2] for s, n in zip(index, target.shape, strict=True))
@@ -219,13 +227,14 @@ class _Shards:
 def _empty_aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     """Return an uninitialised array aligned to 64 bytes, which CPU devices do not copy."""
     size = math.prod(shape) * dtype.itemsize
+    # Uninitialised: every byte is written by `fill`, except padding rows, which it clears.
     memory = np.empty(size + 64, np.uint8)
     start = -memory.ctypes.data % 64
     return memory[start : start + size].view(dtype).reshape(shape)
 
 
 def _resize_vocabulary(
-    arrays: dict[str, jax.Array], targets: Mapping[str, jax.ShapeDtypeStruct], source: Source
+    arrays: dict[str, jax.Array], targets: Mapping[str, jax.ShapeDtypeStruct], source: TorchSource
 ) -> dict[str, jax.Array]:
     """Resize the vocabulary tables to the model's.
 
@@ -243,6 +252,7 @@ def _resize_vocabulary(
             grown = jnp.pad(grown, ((0, ar.padded_vocab_size - ar.vocab_size), (0, 0)))
             return grown.T if transposed else grown
 
+        # Donated, so that the old table is freed as soon as the new one exists.
         arrays[path] = jax.jit(grow, out_shardings=targets[path].sharding, donate_argnums=0)(
             arrays[path]
         )

@@ -72,6 +72,7 @@ def groups(part: str, cfg: ModelConfig) -> tuple[Group, ...]:
 
 def parameter_shapes(part: str, cfg: ModelConfig) -> dict[str, Shape]:
     """Return {path within the part: shape} of a part's parameters."""
+    # Shapes only: a model of any size is described without memory.
     state = nnx.eval_shape(lambda: nnx.state(Blip3o(cfg, (part,), seed=0)))
     return {path_name(path[1:]): tuple(leaf.shape) for path, leaf in nnx.to_flat_state(state)}
 
@@ -90,6 +91,7 @@ def to_jax(part: str, cfg: ModelConfig, tensors: Mapping[str, np.ndarray]) -> di
     arrays = {}
     for group in groups(part, cfg):
         for path, shape in group.shapes.items():
+            # Zeros, for the padding rows that no tensor fills.
             arrays[path] = np.zeros(shape, np.asarray(tensors[next(iter(group.tensors))]).dtype)
         for layer, key in enumerate(group.tensors):
             for path, piece in group.to_jax(np.asarray(tensors[key])):

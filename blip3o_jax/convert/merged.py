@@ -82,6 +82,7 @@ class _MergedStack:
 
     def read(self) -> np.ndarray:
         """Return all layers, float32."""
+        # Layer by layer: the float32 product A B of a whole stack would double the memory.
         whole = np.empty(self.kernel.shape, np.float32)
         for layer in range(len(whole)):
             whole[layer] = self[layer]

@@ -6,10 +6,10 @@ import numpy as np
 
 from blip3o_jax.config import MMDiTConfig
 from blip3o_jax.convert.conversions import Conversion
-from blip3o_jax.convert.stock_config import REQUIRED, Layout
+from blip3o_jax.convert.stock_config import REQUIRED, ConfigLayout
 from blip3o_jax.convert.tables import Rule, linear, norm
 
-LAYOUT = Layout(
+LAYOUT = ConfigLayout(
     MMDiTConfig,
     fields={
         "sample_size": REQUIRED,
@@ -95,7 +95,7 @@ def velocity(dit: Any, z: Any, condition: Any, timestep: Any) -> Any:
 
 def buffers(cfg: MMDiTConfig) -> dict[str, np.ndarray]:
     """Return the table of positions, which the stock class stores: [1, tokens, width]."""
-    from blip3o_jax.dit.mmdit import positions  # late: this module needs no jax
+    from blip3o_jax.dit.mmdit import positions  # imported here, since the tables need no jax
 
     side = cfg.pos_embed_max_size
     return {"pos_embed.pos_embed": positions(cfg, (side, side))[None]}

@@ -18,7 +18,7 @@ UNREAD = "unread"
 
 
 @dataclasses.dataclass(frozen=True)
-class Record:
+class ConversionRecord:
     """Hold the contents of conversion.json: properties of the imported files."""
 
     tied_head: bool = False  # lm_head.weight is stored although it equals the embeddings
@@ -52,11 +52,14 @@ class Record:
         return key
 
 
-def write_record(directory: pathlib.Path, record: Record, unread: Mapping[str, Tensor]) -> None:
+def write_record(
+    directory: pathlib.Path, record: ConversionRecord, unread: Mapping[str, Tensor]
+) -> None:
     """Write the record and the unread tensors to a checkpoint directory."""
     kept = directory / f"{UNREAD}.safetensors"
     if unread:
         specs = {name: (tensor.shape, tensor.dtype) for name, tensor in unread.items()}
+        # One shard whatever its size: the manifest names a single file.
         writer = ShardedWriter(directory, UNREAD, specs, max_shard_bytes=2**62)
         for name, tensor in unread.items():
             writer.write(name, tensor.read())
@@ -65,7 +68,7 @@ def write_record(directory: pathlib.Path, record: Record, unread: Mapping[str, T
     checksums.write_json(directory / RECORD_FILE, values)
 
 
-def read_record(directory: pathlib.Path) -> tuple[Record | None, dict[str, Tensor]]:
+def read_record(directory: pathlib.Path) -> tuple[ConversionRecord | None, dict[str, Tensor]]:
     """Return the record and the unread tensors of a checkpoint.
 
     Returns (None, {}) for a checkpoint that was not imported. Raises UserError for damaged files.
@@ -76,7 +79,7 @@ def read_record(directory: pathlib.Path) -> tuple[Record | None, dict[str, Tenso
     values = checksums.read_json(file)
     try:
         stored = values.pop(UNREAD)
-        record = Record(**values | {"dtypes": tuple(map(tuple, values["dtypes"]))})
+        record = ConversionRecord(**values | {"dtypes": tuple(map(tuple, values["dtypes"]))})
     except (KeyError, TypeError) as error:
         raise UserError(
             f"{file} is damaged, or of another version of blip3o_jax ({error}): "

@@ -34,20 +34,23 @@ from blip3o_jax.config import (
     UserError,
 )
 from blip3o_jax.convert.conversions import conversion_of, read_stock_config
-from blip3o_jax.convert.mapping import Group, groups
-from blip3o_jax.convert.record import Record
+from blip3o_jax.convert.record import ConversionRecord
+from blip3o_jax.convert.source_checks import (
+    check_buffer,
+    check_part,
+    check_scale,
+    check_tied_head,
+)
 from blip3o_jax.convert.source_files import SECTION, Files, WeightSource
 from blip3o_jax.convert.stock_config import OWN_FIELDS, SCHEDULER
 from blip3o_jax.convert.ta_tok_args import read_ta_tok
-from blip3o_jax.convert.tables import PREFIXES
+from blip3o_jax.convert.tables import HEAD, PREFIXES
 from blip3o_jax.convert.tensor_files import Tensor, read_json
 from blip3o_jax.parts import settings_of
 from blip3o_jax.text.tokenizers import BPE_FILE, SENTENCEPIECE_FILE, TextTokenizer, load_tokenizer
 from blip3o_jax.text.vocabulary import Vocabulary
 
 INITIALISABLE = ("connector", "image_embeddings", "latent_connector", "feature_connector")
-HEAD = "lm_head.weight"
-EMBEDDINGS = "model.embed_tokens.weight"
 # Tensors that this package does not use and stores unchanged: names or their prefixes, by part.
 UNREAD = {
     "tokenizer": (
@@ -61,7 +64,7 @@ UNREAD = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Source:
+class TorchSource:
     """Hold an opened source.
 
     `tensors` maps part -> name in the table -> tensor, complete and with the table's shapes;
@@ -74,7 +77,7 @@ class Source:
     text_rows: int  # the number of ids of the text tokenizer, without image tokens
     tensors: dict[str, dict[str, Tensor]]
     unread: dict[str, Tensor]
-    record: Record
+    record: ConversionRecord
     initialise: tuple[str, ...]
     notes: tuple[str, ...]
     weight_sources: tuple[WeightSource, ...]
@@ -89,7 +92,7 @@ def open_source(
     initialise: Iterable[str] = (),
     dtype: str = "",
     variant: str = "",
-) -> Source:
+) -> TorchSource:
     """Read headers and configurations and check that they form one complete model.
 
     `variant` selects the weights of a directory that has several ("bf16", "fp16", "non_ema"); "" is
@@ -108,9 +111,10 @@ def open_source(
     model = _with_vocabulary(model, vocabulary, files, initialise)
     record, parts, unread = _match_tensors(files, model)
     for part, given in parts.items():
-        _check_part(part, model, given, files, initialise)
+        check_part(part, model, given, files, initialise)
     model, dtypes = _with_dtypes(model, parts, dtype)
-    _check_tied_head(files, model)
+    # The last check, since it alone reads values, up to a whole table.
+    check_tied_head(files, model)
     section = files.section
     config = Config(
         stage="joint",
@@ -132,7 +136,7 @@ def open_source(
         config=files.values,
         generation=read_json(generation) if generation.is_file() else {},
     )
-    return Source(
+    return TorchSource(
         config,
         tokenizer,
         vocabulary.image_start,
@@ -189,6 +193,7 @@ def _model_config(files: Files, initialise: tuple[str, ...]) -> ModelConfig:
     dit = replaced.get("dit", model.dit)
     vae = replaced.get("vae", model.vae)
     if "model" not in files.section:
+        # Published configurations state the size of the latents only.
         replaced["image_size"] = dit.sample_size * vae.spatial_compression
     text = dataclasses.replace(model.text, kind="bpe", path="text", train_size=0)
     if (files.config_file.parent / SENTENCEPIECE_FILE).is_file():
@@ -253,7 +258,7 @@ def _with_vocabulary(
 
 def _match_tensors(
     files: Files, model: ModelConfig
-) -> tuple[Record, dict[str, dict[str, Tensor]], dict[str, Tensor]]:
+) -> tuple[ConversionRecord, dict[str, dict[str, Tensor]], dict[str, Tensor]]:
     """Assign the files' tensors to parts.
 
     Returns (record of the name variants, tensors by part and name in the table, unused tensors by
@@ -269,7 +274,7 @@ def _match_tensors(
         if key.startswith(PREFIXES["tokenizer"])
     ]
     decoder = [key for key in tower if key.startswith("decoder.")]
-    record = Record(
+    record = ConversionRecord(
         tied_head=model.ar.tie_word_embeddings and HEAD in files.tensors,
         flat_decoder=bool(decoder)
         and not any(key.startswith("decoder.vision_model.") for key in decoder),
@@ -278,125 +283,27 @@ def _match_tensors(
     )
     parts: dict[str, dict[str, Tensor]] = {part: {} for part in wanted}
     unread: dict[str, Tensor] = {}
+    # Longest first: the AR's prefix is empty and would match every name.
     prefixes = sorted(
         ((prefix, part) for part, prefix in PREFIXES.items()), key=lambda p: -len(p[0])
     )
     for name, tensor in files.tensors.items():
         prefix, part = next((prefix, part) for prefix, part in prefixes if name.startswith(prefix))
         key = record.table_key(part, name.removeprefix(prefix))
+        # A stored copy of a tied head is checked (`_check_tied_head`) and noted in the record, not
+        # read twice.
         if part == "ar" and key == HEAD and model.ar.tie_word_embeddings:
             continue
         buffers = conversion_of(part, model).buffers(settings_of(part, model))
         if key in buffers:
-            _check_buffer(tensor, buffers[key])
+            check_buffer(tensor, buffers[key])
             unread[name] = tensor
         elif key.startswith(UNREAD.get(part, ("\0",))):
-            _check_scale(key, tensor)
+            check_scale(key, tensor)
             unread[name] = tensor
         else:
             parts[part][key] = tensor
     return record, parts, unread
-
-
-def _check_buffer(tensor: Tensor, value: np.ndarray) -> None:
-    """Raise UserError unless a stored tensor has the value computed from the settings."""
-    stored = tensor.read()
-    if stored.shape != value.shape or not np.allclose(stored.astype(np.float32), value, atol=1e-2):
-        raise UserError(
-            f"{tensor.file}: {tensor.key} differs from the values computed from its network's "
-            "settings: use the config.json that was saved with the weights"
-        )
-
-
-def _check_scale(key: str, tensor: Tensor) -> None:
-    """Raise UserError unless a tokenizer's scaling layer maps to [-1, 1].
-
-    It must map pixels from [0, 1] or be the identity, since this package passes pixels in [-1, 1].
-    """
-    allowed = {"scale_layer.shift": (0.0, 0.5), "scale_layer.scale": (1.0, 0.5)}.get(key)
-    if allowed and not any(np.all(tensor.read() == value) for value in allowed):
-        raise UserError(
-            f"{tensor.file}: {tensor.key} is {tensor.read().reshape(-1).tolist()}, but the vision "
-            f"tokenizer takes pixels in [-1, 1]: it must be {' or '.join(map(str, allowed))}"
-        )
-
-
-def _check_part(
-    part: str,
-    model: ModelConfig,
-    given: dict[str, Tensor],
-    files: Files,
-    initialise: tuple[str, ...],
-) -> None:
-    """Raise UserError unless the files hold exactly the tensors of the part's table."""
-    if not given:
-        if part in initialise:
-            return
-        diffusers = "--diffusion=DIR with weights"
-        advice = {"dit": diffusers, "vae": diffusers, "tokenizer": "--ta_tok=FILE"}.get(part)
-        advice = f"give {advice}" if advice else f"use --initialise={part} to create them"
-        raise UserError(
-            f"{files.config_file.parent} holds no tensors of part {part} ({PREFIXES[part]}*): "
-            f"{files.unknown_prefix(PREFIXES[part]) or advice}{files.unread_files()}"
-        )
-    if part in initialise:
-        raise UserError(
-            f"--initialise={part}, but {next(iter(given.values())).file} holds its tensors: remove "
-            "the option or the tensors"
-        )
-    try:
-        shapes = {
-            key: (shape, group)
-            for group in groups(part, model)
-            for key, shape in group.tensors.items()
-        }
-    except config_lib.ConfigError as error:  # invalid sizes
-        raise UserError(f"{_sizes(part, files)}: {error}") from error
-    if missing := [key for key in shapes if key not in given]:
-        behind = files.unknown_prefix(PREFIXES[part] + missing[0])
-        raise UserError(
-            f"{next(iter(given.values())).file.parent}: {PREFIXES[part]}{missing[0]} is missing "
-            f"({len(missing)} tensors of {part} in all), which {_sizes(part, files)} requires"
-            f"{'; ' * bool(behind)}{behind}{files.unread_files()}"
-        )
-    if extra := [tensor for key, tensor in given.items() if key not in shapes]:
-        raise UserError(
-            f"{extra[0].file}: {extra[0].key} belongs to no parameter of {part} ({len(extra)} "
-            f"tensors in all) according to {_sizes(part, files)}: correct the sizes or remove it"
-        )
-    for key, (shape, group) in shapes.items():
-        _check_tensor(part, given[key], shape, group, files, grown="image_embeddings" in initialise)
-
-
-def _check_tensor(
-    part: str, tensor: Tensor, shape: tuple[int, ...], group: Group, files: Files, *, grown: bool
-) -> None:
-    wanted = shape
-    if grown and group.rule.vocabulary:
-        wanted = (files.values["vocab_size"], *shape[1:])
-    if tensor.shape != wanted:
-        raise UserError(
-            f"{tensor.file}: {tensor.key} has shape {list(tensor.shape)}, but "
-            f"{_sizes(part, files)} makes it {list(wanted)}"
-        )
-    if not jnp.issubdtype(tensor.dtype, jnp.floating):
-        raise UserError(
-            f"{tensor.file}: {tensor.key} has dtype {tensor.dtype}, which is not floating-point"
-        )
-
-
-def _sizes(part: str, files: Files) -> str:
-    """Return the source of a part's sizes, for messages."""
-    if part == "tokenizer" and files.ta_tok_config is not None:
-        return f"{files.ta_tok_config} (over the published so400m tokenizer)"
-    stock = {"vae": files.vae, "latent_connector": files.vae}.get(part, files.transformer)
-    if stock is not None and part not in ("ar", "tokenizer"):
-        return str(stock[0]) if part in ("dit", "vae") else f"{files.config_file} with {stock[0]}"
-    if part == "ar" or files.section:
-        return str(files.config_file)
-    if part == "tokenizer":
-        return "the published so400m tokenizer (--ta_tok_config=FILE.json states another)"
-    return f"{files.config_file} with the published sizes (--diffusion=DIR states others)"
 
 
 def _with_dtypes(
@@ -415,6 +322,8 @@ def _with_dtypes(
     widest = lambda *names: (
         dtype or str(jnp.result_type(*own(names))) if own(names) else dtype or "float32"
     )
+    # The widest dtype represents the others' values exactly; the record keeps the narrower ones for
+    # an export.
     dtypes = {part: widest(part) for part in ("ar", "tokenizer", "dit", "vae")}
     dtypes["connector"] = widest("connector", "latent_connector", "feature_connector")
     changes = {
@@ -432,26 +341,3 @@ def _with_dtypes(
         if t.dtype != stored[part]
     ]
     return model, tuple(narrower)
-
-
-def _check_tied_head(files: Files, model: ModelConfig) -> None:
-    head = files.tensors.get(HEAD)
-    if head is None or not model.ar.tie_word_embeddings:
-        return
-    embeddings = files.tensors[EMBEDDINGS]
-    same = head.shape == embeddings.shape and head.dtype == embeddings.dtype
-    if not same or not _same_values(head.read(), embeddings.read()):
-        raise UserError(
-            f"{head.file}: {HEAD} differs from {EMBEDDINGS}, but {files.config_file} has "
-            "tie_word_embeddings: true; set it to false there, or remove the tensor"
-        )
-
-
-def _same_values(a: np.ndarray, b: np.ndarray) -> bool:
-    """Return whether the arrays are bitwise equal.
-
-    They are compared in pieces, since a comparison of all of it allocates half their size.
-    """
-    a, b = (x.reshape(-1).view(np.uint8) for x in (a, b))
-    piece = 2**24
-    return all(np.array_equal(a[i : i + piece], b[i : i + piece]) for i in range(0, len(a), piece))

@@ -23,7 +23,7 @@ from blip3o_jax.config import (
     UserError,
 )
 
-# What this package adds to the fields of the stock classes.
+# Fields that this package adds to those of the stock classes.
 OWN_FIELDS = frozenset(
     {
         "dtype",
@@ -40,20 +40,18 @@ REQUIRED = object()
 
 
 @dataclasses.dataclass(frozen=True)
-class Layout:
+class ConfigLayout:
     """Hold how the config.json of one stock class is read into `cls`."""
 
     cls: type
-    fields: dict[
-        str, Any
-    ]  # name -> what the stock class takes where the key is missing, or REQUIRED
+    fields: dict[str, Any]  # name -> the stock class's default, or REQUIRED
     fixed: dict[str, tuple[Any, ...]]
     ignored: frozenset[str]
-    # Of the values of a file that it is given with: fields that are not read as they stand.
+    # (values of a file, its path) -> fields that are derived from several keys.
     computed: Callable[[dict[str, Any], str], dict[str, Any]] = lambda values, where: {}
-    # Of the settings: what is written beside `fields`, in place of the defaults of `fixed`.
+    # settings -> keys to write in addition to `fields`, in place of the defaults of `fixed`.
     stated: Callable[[Any], dict[str, Any]] | None = None
-    kind: str = "_class_name"  # the key of `fixed` that tells the class
+    kind: str = "_class_name"  # the key of `fixed` that names the class
 
     def write(self, settings: Any) -> dict[str, Any]:
         """Return the fields (JSON values) that the stock class is built from."""
@@ -62,16 +60,18 @@ class Layout:
         return {key: values[0] for key, values in self.fixed.items()} | _taken(self, settings)
 
     def read(self, values: Any, where: str) -> Any:
-        """Return the settings that the values of the file `where` say. What cannot be used raises
-        UserError that names file and key.
+        """Return the settings of the values of the file `where`.
+
+        Raises UserError, naming file and key, for values that are not supported.
         """
         check_object(values, where)
         return _read(self, values, where, self.computed(values, where))
 
 
 def _qwen_stated(cfg: QwenConfig) -> dict[str, Any]:
-    """Return what config.json of a Qwen says beside its sizes, with the rotary base in both forms,
-    of transformers 4 and 5.
+    """Return the keys of a Qwen's config.json other than its sizes.
+
+    The rotary base is written in the forms of both transformers 4 and 5.
     """
     layout = {Qwen2Config: QWEN2, Qwen3Config: QWEN3}[type(cfg)]
     named = ("model_type", "hidden_act", "attention_bias", "attention_dropout")
@@ -108,7 +108,7 @@ def _sana_computed(values: dict[str, Any], where: str) -> dict[str, Any]:
 
 
 def _dc_ae_computed(values: dict[str, Any], where: str) -> dict[str, Any]:
-    """Put what may be one value or one a stage into the form used here."""
+    """Convert keys that may hold one value, or one for each stage, to this package's form."""
     computed: dict[str, Any] = {}
     for side in ("encoder", "decoder"):
         kind, channels = values.get(f"{side}_block_types"), values.get(f"{side}_block_out_channels")
@@ -126,7 +126,7 @@ def _dc_ae_computed(values: dict[str, Any], where: str) -> dict[str, Any]:
     return computed
 
 
-QWEN3 = Layout(
+QWEN3 = ConfigLayout(
     Qwen3Config,
     fields={
         "vocab_size": REQUIRED,
@@ -169,7 +169,7 @@ QWEN3 = Layout(
     stated=_qwen_stated,
     kind="model_type",
 )
-# Qwen2 has no key for biases nor for the size of heads.
+# Qwen2 has neither a key for biases nor one for the size of heads.
 QWEN2 = dataclasses.replace(
     QWEN3,
     cls=Qwen2Config,
@@ -177,7 +177,7 @@ QWEN2 = dataclasses.replace(
     fixed={key: values for key, values in QWEN3.fixed.items() if key != "attention_bias"}
     | {"model_type": ("qwen2",)},
 )
-SANA = Layout(
+SANA = ConfigLayout(
     SanaConfig,
     fields={
         "in_channels": REQUIRED,
@@ -207,7 +207,7 @@ SANA = Layout(
     ignored=frozenset({"guidance_embeds_scale"}),  # read with guidance_embeds only
     computed=_sana_computed,
 )
-DC_AE = Layout(
+DC_AE = ConfigLayout(
     DcAeConfig,
     fields={
         name: REQUIRED
@@ -223,10 +223,10 @@ DC_AE = Layout(
     ignored=frozenset(),
     computed=_dc_ae_computed,
 )
-# Published next to SANA is the config of `DPMSolverMultistepScheduler`; the reference reads it with
-# the flow-matching class, which does not know its `flow_shift`. So `_class_name` is not looked at,
-# and `prediction_type` (DPM's) only has to agree.
-SCHEDULER = Layout(
+# The scheduler config published with SANA is of `DPMSolverMultistepScheduler`. The reference reads
+# it with the flow-matching class, which ignores its `flow_shift`. So `_class_name` is not checked,
+# and DPM's `prediction_type` must only be compatible.
+SCHEDULER = ConfigLayout(
     FlowConfig,
     fields={"num_train_timesteps": 1000, "shift": 1.0},
     fixed={
@@ -247,7 +247,7 @@ SCHEDULER = Layout(
 )
 
 
-def _taken(layout: Layout, part: Any) -> dict[str, Any]:
+def _taken(layout: ConfigLayout, part: Any) -> dict[str, Any]:
     return {key: config.to_dict(getattr(part, key)) for key in layout.fields}
 
 
@@ -284,7 +284,9 @@ def _rope_theta(values: dict[str, Any], where: str) -> Any:
     return theta
 
 
-def _read(layout: Layout, values: dict[str, Any], where: str, computed: dict[str, Any]) -> Any:
+def _read(
+    layout: ConfigLayout, values: dict[str, Any], where: str, computed: dict[str, Any]
+) -> Any:
     """Return the dataclass of `layout`; `computed` has precedence over `values`."""
     for key, allowed in layout.fixed.items():
         if values.get(key, allowed[0]) not in allowed:

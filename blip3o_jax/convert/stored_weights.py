@@ -95,8 +95,11 @@ class StoredWeights:
         store = {
             "driver": "ocdbt",
             "base": files,
+            # Orbax joins the keys of a parameter's path with dots.
             "path": ".".join((group, part, *path.split("/"))),
         }
+        # A cache without limit for each array: slices of one chunk, read layer by layer, decode the
+        # chunk once. It is freed with the array.
         context = ts.Context({"cache_pool": {"total_bytes_limit": 2**62}})
         name = f"{self._path}: {part}/{path}"
         with reading(name):

@@ -1,5 +1,6 @@
-"""Map PyTorch tensors to parameters here: one table for each family of a part, read in both
-directions. conversions.py says which family has which.
+"""Map PyTorch tensors to this package's parameters, with one table for each family of a part.
+
+Import and export read the same tables; conversions.py assigns them to the families.
 
 A rule pairs the name of a tensor in the stock class (without the prefix it has in a BLIP3o-NEXT
 directory) with the path of a parameter in the part of that name. In a name, `{i}` is the number of
@@ -29,6 +30,7 @@ class Layout:
 
 def _patch_to_torch(kernel: np.ndarray) -> np.ndarray:
     side = math.isqrt(kernel.shape[0] // 3)
+    # Rows are flattened in the order row, column, channel (image_tokens/siglip2.py).
     return kernel.reshape(side, side, 3, -1).transpose(3, 2, 0, 1)
 
 
@@ -61,14 +63,15 @@ LAYOUTS = {
 class Rule:
     """Map the tensors of a name pattern to parameters.
 
-    `torch` is the pattern, `paths` are the parameters', and `first` is the value of `{i}` for layer
-    0. `vocabulary` marks a tensor whose first dimension is the vocabulary, which this package pads.
+    `torch` is the pattern, `paths` are the parameters', and `layer_offset` is the value of
+    `{i}` for layer 0. `vocabulary` marks a tensor whose first dimension is the vocabulary, which
+    this package pads.
     """
 
     torch: str
     paths: tuple[str, ...]
     layout: str = "same"
-    first: int = 0
+    layer_offset: int = 0
     vocabulary: bool = False
 
     @property
@@ -81,6 +84,8 @@ class Rule:
 
         Its rows are then rows, or columns (`transposed`), of one parameter.
         """
+        # A stack's layers and a fused tensor's parts are pieces of several arrays, and a
+        # convolution's rows are not rows of its kernel.
         return self.layout in ("same", "linear") and len(self.paths) == 1 and not self.stacked
 
     @property
@@ -89,13 +94,14 @@ class Rule:
 
     def key(self, layer: int) -> str:
         """Return the tensor's name for a layer here."""
-        return self.torch.replace("{i}", str(layer + self.first))
+        return self.torch.replace("{i}", str(layer + self.layer_offset))
 
 
-# Parts in the order of the image's way, and what comes before their names in a BLIP3o-NEXT
-# directory.
-# The parts of the published BLIP3o-NEXT; a model for editing has more.
+# The parts of the published BLIP3o-NEXT, in the order of the data flow; editing models have more.
 PUBLISHED_PARTS = ("tokenizer", "ar", "connector", "dit", "vae")
+HEAD = "lm_head.weight"
+EMBEDDINGS = "model.embed_tokens.weight"
+# The prefixes of the parts' tensors in a BLIP3o-NEXT directory.
 PREFIXES = {
     "tokenizer": "model.vision_tower.vision_tower.",
     "ar": "",
@@ -108,22 +114,33 @@ PREFIXES = {
 
 
 def linear(
-    torch: str, path: str, layout: str = "linear", *, bias: bool = True, first: int = 0
+    torch: str, path: str, layout: str = "linear", *, bias: bool = True, layer_offset: int = 0
 ) -> list[Rule]:
     """Return the rules of a linear layer: weight, and bias where there is one."""
-    weight = Rule(f"{torch}.weight", (f"{path}/kernel",), layout, first)
-    return [weight, Rule(f"{torch}.bias", (f"{path}/bias",), first=first)] if bias else [weight]
+    weight = Rule(f"{torch}.weight", (f"{path}/kernel",), layout, layer_offset)
+    return (
+        [weight, Rule(f"{torch}.bias", (f"{path}/bias",), layer_offset=layer_offset)]
+        if bias
+        else [weight]
+    )
 
 
-def norm(torch: str, path: str, *, bias: bool = False, first: int = 0) -> list[Rule]:
-    scale = Rule(f"{torch}.weight", (f"{path}/scale",), first=first)
-    return [scale, Rule(f"{torch}.bias", (f"{path}/bias",), first=first)] if bias else [scale]
+def norm(torch: str, path: str, *, bias: bool = False, layer_offset: int = 0) -> list[Rule]:
+    scale = Rule(f"{torch}.weight", (f"{path}/scale",), layer_offset=layer_offset)
+    return (
+        [scale, Rule(f"{torch}.bias", (f"{path}/bias",), layer_offset=layer_offset)]
+        if bias
+        else [scale]
+    )
 
 
-def prefixed(torch: str, path: str, table: list[Rule], *, first: int = 0) -> list[Rule]:
+def prefixed(torch: str, path: str, table: list[Rule], *, layer_offset: int = 0) -> list[Rule]:
     return [
         dataclasses.replace(
-            rule, torch=torch + rule.torch, paths=tuple(path + p for p in rule.paths), first=first
+            rule,
+            torch=torch + rule.torch,
+            paths=tuple(path + p for p in rule.paths),
+            layer_offset=layer_offset,
         )
         for rule in table
     ]
@@ -148,7 +165,7 @@ def _decoder(cfg: QwenConfig, biases: str, norms: list[Rule]) -> list[Rule]:
     """
     layer, here = "model.layers.{i}.", "layers/"
     table = [
-        Rule("model.embed_tokens.weight", ("embedding",), vocabulary=True),
+        Rule(EMBEDDINGS, ("embedding",), vocabulary=True),
         *norm(f"{layer}input_layernorm", f"{here}attention_norm"),
         *norm(f"{layer}post_attention_layernorm", f"{here}mlp_norm"),
         *norms,
@@ -165,7 +182,7 @@ def _decoder(cfg: QwenConfig, biases: str, norms: list[Rule]) -> list[Rule]:
         *norm("model.norm", "norm"),
     ]
     if not cfg.tie_word_embeddings:
-        table.append(Rule("lm_head.weight", ("lm_head/kernel",), "linear", vocabulary=True))
+        table.append(Rule(HEAD, ("lm_head/kernel",), "linear", vocabulary=True))
     return table
 
 
@@ -193,6 +210,7 @@ def _vision_model(patch_layout: str) -> list[Rule]:
         *linear(f"{layer}mlp.fc2", f"{here}mlp/down"),
         *norm("post_layernorm", "post_layernorm", bias=True),
         Rule("head.probe", ("head/probe",), "probe"),
+        # torch's `MultiheadAttention` stores query, key and value in one tensor, in this order.
         Rule("head.attention.in_proj_weight", tuple(f"head/{p}/kernel" for p in _POOL), "linear"),
         Rule("head.attention.in_proj_bias", tuple(f"head/{p}/bias" for p in _POOL)),
         *linear("head.attention.out_proj", "head/attention/out"),
@@ -247,9 +265,11 @@ def sana(cfg: SanaConfig) -> list[Rule]:
             rule for n in "qkv" for rule in linear(f"{torch}.to_{n}", f"{path}/{n}", bias=bias)
         ]
         table += linear(f"{torch}.to_out.0", f"{path}/o")
+        # Without qk_norm the stock class has no such tensors.
         if cfg.qk_norm:
             table += [rule for n in "qk" for rule in norm(f"{torch}.norm_{n}", f"{path}/{n}_norm")]
     torch, path = "transformer_blocks.{i}.ff", "blocks/ffn"
+    # 1 x 1 convolutions are matrix products here.
     table += linear(f"{torch}.conv_inverted", f"{path}/expand", "conv1x1")
     table += linear(f"{torch}.conv_depth", f"{path}/depthwise", "conv")
     return table + linear(f"{torch}.conv_point", f"{path}/contract", "conv1x1", bias=False)
@@ -286,10 +306,12 @@ def _efficient_vit_block(scales: int) -> list[Rule]:
 
 
 def dc_ae(vae: DcAeConfig) -> list[Rule]:
-    """Return the rules of `diffusers.AutoencoderDC`. Its stages are lists of blocks with the change
-    of resolution after them in the encoder and before them in the decoder.
+    """Return the rules of `diffusers.AutoencoderDC`.
+
+    Its stages are lists of blocks; the resampling follows them in the encoder and precedes them in
+    the decoder.
     """
-    # An outermost stage without blocks makes the convolution a whole down or up block.
+    # If the outermost stage has no blocks, the convolution is a whole down or up block.
     inner = {
         side: "" if getattr(vae, f"{side}_layers_per_block")[0] else "conv"
         for side in ("encoder", "decoder")
@@ -322,6 +344,8 @@ def _stages(vae: DcAeConfig, side: str, torch: str) -> list[Rule]:
             continue
         resampled = stage < len(layers) - 1
         at, here = f"{side}.{torch}.{stage}.", f"{side}/stages/{stage}/"
+        # In torch one list of modules holds the blocks and the resampling, which comes last in the
+        # encoder and first in the decoder: hence its index, and the offset of the decoder's blocks.
         if resampled:
             table += linear(
                 f"{at}{count if side == 'encoder' else 0}.conv", f"{here}resample/conv", "conv"
@@ -329,6 +353,9 @@ def _stages(vae: DcAeConfig, side: str, torch: str) -> list[Rule]:
         scales = len(getattr(vae, f"{side}_qkv_multiscales")[stage])
         block = _RES_BLOCK if kind == "ResBlock" else _efficient_vit_block(scales)
         table += prefixed(
-            f"{at}{{i}}.", f"{here}blocks/", block, first=int(resampled and side == "decoder")
+            f"{at}{{i}}.",
+            f"{here}blocks/",
+            block,
+            layer_offset=int(resampled and side == "decoder"),
         )
     return table

@@ -125,7 +125,7 @@ def load_torch(path: pathlib.Path) -> Any:
     if not path.is_file():
         raise UserError(f"{path} does not exist")
     check_not_pointer(path)
-    # OrderedDict is the only subclass of dict that torch fills with weights_only.
+    # OrderedDict is the only subclass of dict that torch can create with weights_only.
     stand_ins: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
         (collections.OrderedDict, "easydict.EasyDict")
     ]
@@ -207,6 +207,8 @@ def _read_safetensors(path: pathlib.Path) -> dict[str, Tensor]:
             )
         read = _reader(path, key, shape, dtype, start + first)
         tensors[key] = Tensor(key, shape, dtype, path, read)
+        # Tensors must follow each other without gaps or overlaps, as the format requires: an
+        # altered header cannot point at other bytes.
         if first != end or last - first != math.prod(shape) * dtype.itemsize:
             raise UserError(
                 f"{path}: the offsets of {key} do not match its shape {shape}: copy the file again"
@@ -243,6 +245,7 @@ def _reader(
         try:
             done = 0
             while done < len(view):
+                # Linux reads at most 2 GiB in one call.
                 count = os.preadv(handle, [view[done : done + _MAX_READ]], offset + done)
                 if count == 0:
                     raise UserError(f"{path} is cut off within {key}: copy it again")
@@ -333,9 +336,11 @@ class ShardedWriter:
                 "data_offsets": [first, end],
             }
         text = json.dumps(header, separators=(",", ":")).encode()
+        # The format pads the header with spaces, so that the tensors are aligned.
         text += b" " * (-len(text) % 8)
         handle = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
         self._handles.append(handle)
+        # Reserves the blocks: a full disk raises here, not after an hour of conversion.
         os.posix_fallocate(handle, 0, 8 + len(text) + end)
         _write(handle, len(text).to_bytes(8, "little") + text, 0)
         for key, (shape, dtype) in ordered:
@@ -384,6 +389,7 @@ class ShardedWriter:
 def _write(handle: int, data: bytes | memoryview, offset: int) -> None:
     done = 0
     while done < len(data):
+        # Linux writes at most 2 GiB in one call.
         done += os.pwrite(handle, data[done : done + _MAX_READ], offset + done)
 
 

@@ -224,6 +224,7 @@ def _differences(tokenizer: TextTokenizer, contents: dict[str, Any]) -> list[str
 
 def _test_texts(pieces: list[str]) -> list[str]:
     """Return a few hundred fixed texts of random characters, words and `pieces`."""
+    # A fixed seed: the same model gives the same verdict.
     draw = random.Random(0)
     template = TemplateConfig()
     words = [

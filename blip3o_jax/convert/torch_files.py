@@ -24,13 +24,13 @@ from blip3o_jax.config import ModelConfig, UserError
 from blip3o_jax.config.errors import first_line
 from blip3o_jax.convert import torch_model
 from blip3o_jax.convert.conversions import conversion_of
-from blip3o_jax.convert.source import EMBEDDINGS, HEAD, Source
+from blip3o_jax.convert.source import TorchSource
 from blip3o_jax.convert.source_files import WeightSource, read_ta_tok_file
-from blip3o_jax.convert.tables import PREFIXES
+from blip3o_jax.convert.tables import EMBEDDINGS, HEAD, PREFIXES
 from blip3o_jax.parts import resolve, settings_of
 
 
-def load_torch(source: Source, parts: Sequence[str]) -> torch_model.Blip3o:
+def load_torch(source: TorchSource, parts: Sequence[str]) -> torch_model.Blip3o:
     """Return the stock modules of `parts` with the files' weights, in float32.
 
     Raises UserError when the libraries do not load them, or load other tensors than the class has.
@@ -41,7 +41,7 @@ def load_torch(source: Source, parts: Sequence[str]) -> torch_model.Blip3o:
     return torch_model.Blip3o(cfg, {part: _load_part(part, cfg, source) for part in parts})
 
 
-def _load_part(part: str, cfg: ModelConfig, source: Source) -> torch.nn.Module:
+def _load_part(part: str, cfg: ModelConfig, source: TorchSource) -> torch.nn.Module:
     module: torch.nn.Module | None = None
     missing: set[str] = set()
     with _silence_warnings():
@@ -60,17 +60,19 @@ def _load_part(part: str, cfg: ModelConfig, source: Source) -> torch.nn.Module:
                 missing -= _fill(
                     module, _state(part, weight_source, source), weight_source, tied=tied
                 )
+    # Buffers are computed by the stock class, and need not be in the files.
     missing -= set(conversion_of(part, cfg).buffers(settings_of(part, cfg)))
     if module is None or missing:
         raise UserError(
             f"{source.weight_sources[-1].path}: PyTorch finds no "
             f"{PREFIXES[part]}{min(missing, default='*')} there"
         )
+    # float32, so that outputs can be compared to 1e-5 whatever the files' dtype.
     return module.float().eval()
 
 
 def _from_transformers(
-    weight_source: WeightSource, source: Source
+    weight_source: WeightSource, source: TorchSource
 ) -> tuple[torch.nn.Module, set[str]]:
     """Load the AR; a BLIP3o-NEXT directory also holds the other parts' tensors."""
     cls = _stock_class("ar", source)
@@ -87,12 +89,12 @@ def _from_transformers(
     )
 
 
-def _stock_class(part: str, source: Source) -> Any:
+def _stock_class(part: str, source: TorchSource) -> Any:
     return resolve(conversion_of(part, source.config.model).torch_class)
 
 
 def _from_diffusers(
-    part: str, weight_source: WeightSource, source: Source
+    part: str, weight_source: WeightSource, source: TorchSource
 ) -> tuple[torch.nn.Module, set[str]]:
     """Return a part and the names of its missing tensors.
 
@@ -139,7 +141,9 @@ def _from_pretrained(
     return module, set(info["missing_keys"])
 
 
-def _state(part: str, weight_source: WeightSource, source: Source) -> Mapping[str, torch.Tensor]:
+def _state(
+    part: str, weight_source: WeightSource, source: TorchSource
+) -> Mapping[str, torch.Tensor]:
     """Return the tensors of a part by the stock module's names; other parts are skipped."""
     prefix = PREFIXES[part].removeprefix(weight_source.prefix)
     others = tuple(

@@ -23,7 +23,7 @@ from blip3o_jax.convert.mapping import Group, groups
 from blip3o_jax.convert.merged import MergedWeights
 from blip3o_jax.convert.progress import ByteProgress
 from blip3o_jax.convert.report import Difference, PartReport, Report
-from blip3o_jax.convert.source import Source, open_source
+from blip3o_jax.convert.source import TorchSource, open_source
 from blip3o_jax.convert.stock_config import OWN_FIELDS
 from blip3o_jax.convert.tables import PREFIXES
 from blip3o_jax.lora import base_config
@@ -128,7 +128,7 @@ def _say(line: str) -> None:
 
 
 def _check_same_tensors(
-    part: str, source: Source, config: Config, torch_dir: pathlib.Path, root: pathlib.Path
+    part: str, source: TorchSource, config: Config, torch_dir: pathlib.Path, root: pathlib.Path
 ) -> None:
     """Raise UserError unless both sides have tensors of the same names and shapes."""
     theirs = {
@@ -152,7 +152,7 @@ def _check_same_tensors(
 
 def _compare_weights(
     part: str,
-    source: Source,
+    source: TorchSource,
     cfg: ModelConfig,
     weights: MergedWeights,
     module: Any,
@@ -185,7 +185,7 @@ def _compare_weights(
     return tuple(differing)
 
 
-def _shared_vocabulary_rows(group: Group, source: Source) -> int | None:
+def _shared_vocabulary_rows(group: Group, source: TorchSource) -> int | None:
     """Return the number of rows to compare; None for all.
 
     If the import initialised the image tokens' rows, only the text tokenizer's are in the files.
@@ -208,7 +208,7 @@ def _max_relative_error(got: np.ndarray, want: np.ndarray) -> float:
     return float(np.abs(got - want).max() / max(np.abs(want).max(), np.finfo(np.float32).tiny))
 
 
-def _notes(source: Source, config: Config, chosen: Sequence[str]) -> list[str]:
+def _notes(source: TorchSource, config: Config, chosen: Sequence[str]) -> list[str]:
     """Return notes on initialised parts and on settings that differ between the two sides."""
     notes = [
         f"{name} was initialised by the import and is not in the files: not compared"

@@ -223,6 +223,7 @@ def _read_index(index: pathlib.Path) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for name in sorted(set(map(str, weight_map.values()))):
         shard = index.parent / name
+        # An index may come from anywhere: it must not name files outside of its directory.
         if pathlib.PurePath(name).name != name:
             raise UserError(
                 f"{index} lists tensors in {name!r}: shards must be in the directory of their index"

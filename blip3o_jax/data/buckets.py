@@ -42,6 +42,7 @@ def _shapes(source: Source, model: ModelConfig, max_pixels: int) -> np.ndarray:
     """Return the index into `model.sizes` of each record, uint8. A record that cannot be read has
     the first, and is reported by the loader. Raises OSError for errors of the machine.
     """
+    # The sizes' numbers are stored as uint8.
     if len(model.sizes) > 255:
         raise UserError(f"model.buckets has {len(model.sizes)} sizes: the maximum is 255")
 

@@ -37,6 +37,7 @@ def pack(header: dict[str, Any], arrays: dict[str, np.ndarray]) -> bytes:
         kind = {"i": "<i8", "u": "|u1" if array.dtype.itemsize == 1 else "<u4"}[array.dtype.kind]
         raw = np.ascontiguousarray(array, kind).tobytes()
         layout[name] = (kind, array.shape, start)
+        # Every array starts at a multiple of 8 bytes, so that a mapped view is aligned.
         pieces.append(raw + bytes(-len(raw) % 8))
         start += len(pieces[-1])
     text = json.dumps(header | {"arrays": layout}).encode()
@@ -63,6 +64,7 @@ def unpack(
     if raw[: len(MAGIC)].tobytes() != MAGIC:
         raise DamagedArrays("it is of another version")
     stored, length = (int(n) for n in raw[len(MAGIC) : _PREFIX].view("<u4"))
+    # The checksum covers everything after itself, the header's length included.
     if check and crc32c([raw[len(MAGIC) + 4 :]]) != stored:
         raise DamagedArrays("its checksum does not match")
     try:

@@ -141,6 +141,8 @@ class EncodedShard:
 
     def read(self, name: str, row: int) -> np.ndarray:
         """Return a copy of one record's values. Raises DamagedShard."""
+        # A copy: the checksum is of the bytes that are returned, not of a mapping that may change
+        # afterwards.
         values = np.array(self.arrays[name][row])
         if checksums.crc32c([values.tobytes()]) != self.sums[name][row]:
             self.refuse(
@@ -207,6 +209,7 @@ def open_shard(directory: pathlib.Path, number: int) -> EncodedShard:
         described = checksums.read_json(file)
         for name in DTYPES:
             reading = _array_file(file, name)
+            # Mapped: a worker reads one record of a shard of gigabytes.
             arrays[name] = np.load(reading, mmap_mode="r")
         reading = file
         shard = EncodedShard(

@@ -80,6 +80,7 @@ class ExampleBuilder:
             try:
                 examples = [
                     example | self._row(record, length)
+                    # Only the examples that are longer than their part of the row are built again.
                     if np.count_nonzero(example["segment_ids"]) > length
                     else example
                     for example, record in zip(examples, records, strict=True)

@@ -223,6 +223,7 @@ def decode(
     with open_image(data, max_pixels, formats) as image:
         try:
             if at_least:
+                # `None` keeps the mode; the size selects the scale of the inverse DCT.
                 image.draft(None, (at_least, at_least))
             image.load()
             return np.array(_to_rgb(_upright(image)))
@@ -291,6 +292,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.has_transparency_data:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        # Dropping the alpha channel would show whatever colour lies under transparent pixels.
         image = Image.alpha_composite(white, image)
     return image.convert("RGB")
 

@@ -60,7 +60,7 @@ INCOMPLETE = {  # name in metrics: description in messages
 
 @dataclasses.dataclass
 class Counts:
-    """Counts by reason, each with the place of the first occurrence."""
+    """Hold counts by reason, each with the place of the first occurrence."""
 
     by_reason: dict[str, tuple[int, str]] = dataclasses.field(default_factory=dict)
 
@@ -176,6 +176,7 @@ class DatasetIndex:
             self.unused.merge(Counts.from_json(each.header["unused"]))
             self.incomplete.merge(Counts.from_json(each.header["incomplete"]))
         digests = [digest for _, digest in self._files]
+        # Left out for whole sets, so that train[:100%] and train have one digest.
         part = self._ranges if self._ranges != whole else []  # of a split such as train[:10]
         self.digest = hashlib.sha256(json.dumps([kind, digests, *part]).encode()).hexdigest()
 

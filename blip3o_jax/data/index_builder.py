@@ -71,7 +71,7 @@ class ShardFormat:
 
     Args:
       kind: name of the kind; part of the set's digest.
-      build: reads all of a shard, calling `Progress.add` with the number of bytes read. Raises
+      build: reads all of a shard, calling `IndexProgress.add` with the number of bytes read. Raises
         UserError for a shard that cannot be used.
       changed: returns why the index does not describe the shard in its present state, "" if it
         does; called for every shard when a set is opened.
@@ -84,7 +84,7 @@ class ShardFormat:
     """
 
     kind: str
-    build: Callable[[str, "Progress"], IndexData]
+    build: Callable[[str, "IndexProgress"], IndexData]
     changed: Callable[[str, ShardIndex], str] = same_state
     state: Callable[[str], dict[str, Any]] = file_state
     variant: str = ""
@@ -109,7 +109,7 @@ class _Cancelled(Exception):
     """Signal that indexing stops: another shard cannot be used, or Ctrl-C was pressed."""
 
 
-class Progress:
+class IndexProgress:
     """Show the bytes read of a set's shards; `cancelled` ends the work."""
 
     def __init__(self, name: str, shards: int, total: int, *, quiet: bool, hint: str) -> None:
@@ -193,9 +193,9 @@ def open_index(
         total = sum(shard_format.size(shards[number]) for number in missing)
         quiet = processes.index > 0
         hint = "" if rebuild else command
-        shown = Progress(name, len(missing), total, quiet=quiet, hint=hint)
-        with contextlib.closing(shown):
-            _build_indexes(shards, missing, shard_format, found, rebuild, shown)
+        progress = IndexProgress(name, len(missing), total, quiet=quiet, hint=hint)
+        with contextlib.closing(progress):
+            _build_indexes(shards, missing, shard_format, found, rebuild, progress)
 
     if processes.count > 1:
         with contextlib.suppress(UserError, OSError):  # raised again below, on every host
@@ -255,7 +255,7 @@ def _load_index(
             continue
         if not changed and rebuild == CHANGED:
             if not shard_format.one_file:
-                changed = "files beside it may have changed"
+                changed = "the files that it names may have changed"
             elif header["mtime_ns"] != os.stat(shard).st_mtime_ns:
                 changed = "its time of change is another"
         if not changed:
@@ -326,7 +326,7 @@ def _build_indexes(
     shard_format: ShardFormat,
     found: list[Any],
     rebuild: str,
-    progress: Progress,
+    progress: IndexProgress,
 ) -> None:
     """Index the shards numbered `missing` and put what comes out into `found`."""
 
@@ -344,12 +344,13 @@ def _build_indexes(
             for task in concurrent.futures.as_completed(tasks):
                 task.result()
         except BaseException:
+            # The other threads stop at their next `IndexProgress.add`.
             progress.cancelled.set()
             pool.shutdown(wait=False, cancel_futures=True)
             raise
 
 
-def _build_index(shard: str, shard_format: ShardFormat, progress: Progress) -> IndexFile:
+def _build_index(shard: str, shard_format: ShardFormat, progress: IndexProgress) -> IndexFile:
     try:
         # Before its bytes: a change meanwhile is seen next time.
         state = shard_format.state(shard)

@@ -86,6 +86,7 @@ class Loader(Iterator[HostBatch]):
         except Exception:
             self.close()
             raise
+        # The global batch size: the position counts the examples of all hosts.
         self._next_example += self._data.batch_size
         self._skipped.add(batch["bad_records"], batch.pop("_shards"), batch.pop("_skipped"))
         self.wait_seconds = time.perf_counter() - began
@@ -150,6 +151,7 @@ class Loader(Iterator[HostBatch]):
         import grain
 
         pack = self._data.pack
+        # Rows are selected before anything is read, so that a host reads only its own records.
         record_ids = _HostRows(
             self._record_ids(), self._next_example, self._data.batch_size, self.rows, pack
         )
@@ -161,6 +163,7 @@ class Loader(Iterator[HostBatch]):
         )
         rows = (
             grain.MapDataset.source(record_ids)
+            # `tuple`: the ids of a row's examples stay apart for the reader.
             .batch(pack, drop_remainder=True, batch_fn=tuple)
             .map(reader)
         )
@@ -191,6 +194,8 @@ class Loader(Iterator[HostBatch]):
         def endless(number: int) -> Any:
             part = grain.MapDataset.range(len(self._sources[number][0]))
             if self._data.shuffle:
+                # An index shuffle: Grain computes a permutation's entry without storing the
+                # permutation.
                 part = part.shuffle(seed=int(seeds[number]))
             return part.repeat(None, reseed_each_epoch=self._data.shuffle).map(
                 functools.partial(_record_id, number)
@@ -205,9 +210,12 @@ class Loader(Iterator[HostBatch]):
             )
 
         groups = self._shapes()
+        # A single shape needs no schedule: every mixture of examples makes a batch.
         if len(groups) == 1:
             return mixed(groups[0])
         counts = [
+            # Endless in practice, and small enough that its products with batch sizes do not
+            # overflow.
             grain.MapDataset.range(sys.maxsize // 2**20).map(functools.partial(_record_id, g))
             for g in range(len(groups))
         ]

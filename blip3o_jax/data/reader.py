@@ -84,6 +84,7 @@ class Reader:
         skipped = [record for search in searches for record in search.skipped]
         bad = [sum(record.kind != TOO_LONG for record in search.skipped) for search in searches]
         shards = [zlib.crc32(_shard_name(record.shard).encode()) for record in records]
+        # Scalars without packing: batches then have [B], not [B, 1].
         one = (lambda values: values[0]) if len(record_ids) == 1 else (lambda values: values)
         return row | {
             "bad_records": np.array(one(bad), np.int32),
@@ -162,6 +163,7 @@ def pack_report(skipped: list[BadRecord]) -> np.ndarray:
         (_shard_name(r.shard), one_line(r.key[-150:]), one_line(r.reason), one_line(r.kind, 60))
         for r in skipped
     ]
+    # The last ones are kept: the first of them go until the report fits.
     while len(text := json.dumps([counts, names]).encode("ascii")) > _REPORT_BYTES:
         # What is printed in one character may take twelve bytes here.
         names = names[1:] or [_halved(names[0])]

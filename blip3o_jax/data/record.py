@@ -171,8 +171,8 @@ def read_record(source: Source, index: int, use: Callable[[Record], T]) -> T:
 
     Raises BadRecord, with shard, key and reason, for any exception that reading or using this one
     record raises. For an unexpected exception the reason names its type and the line of the package
-    that raised it, so that a bug can be told from bad data. ConfigError is raised unchanged: a
-    setting that cannot work is not the record's fault.
+    that raised it, which distinguishes a bug from bad data. ConfigError is raised unchanged: an
+    impossible setting is no fault of the record.
     """
     record = None
     try:
@@ -333,5 +333,7 @@ def read_spans(path: str, spans: list[tuple[int, int]]) -> list[bytes]:
     """Read byte ranges (offset, size) of a file; an offset of -1 gives no bytes."""
     with open(path, "rb", buffering=0) as file:
         return [
-            os.pread(file.fileno(), size, start) if start >= 0 else b"" for start, size in spans
+            # pread has no file position, so that threads can share a file.
+            os.pread(file.fileno(), size, start) if start >= 0 else b""
+            for start, size in spans
         ]

@@ -213,6 +213,7 @@ def _longest_prefix(text: str, fits: Callable[[str], bool]) -> str:
     fitting = 0
     too_long = len(text) + 1
     while too_long - fitting > 1:
+        # Binary search: the number of tokens hardly ever falls as the text grows.
         middle = (fitting + too_long) // 2
         if fits(text[:middle].rstrip()):
             fitting = middle
@@ -235,6 +236,7 @@ def _build_row(
         raise RowTooLong(key, length, max_length)
     index_L = np.arange(max_length, dtype=np.int32)
     real_L = index_L < length
+    # Token 0 is never a label: nothing precedes it.
     first_label = 1 if template.supervise_prompt else len(prompt)
     tokens_L = np.full(max_length, vocab.pad_id, np.int32)
     tokens_L[:length] = prompt + answer
@@ -253,6 +255,7 @@ def max_example_length(rows: Sequence[dict[str, np.ndarray]], max_length: int) -
     lengths = sorted(_lengths(rows))
     left = max_length
     for number, length in enumerate(lengths):
+        # Shortest first: what they leave is divided among the longer ones.
         available = left // (len(lengths) - number)
         if length > available:
             return available
@@ -284,6 +287,7 @@ def pack_rows(
     stacked = {
         name: np.stack([row[name] for row in rows]) for name in rows[0] if name not in ROW_FIELDS
     }
+    # Spans count from the beginning of the packed row.
     stacked["image_span"] += starts.astype(np.int32)
     if "target" in stacked:  # unused spans stay 0
         stacked["image_span"] *= stacked["target"].astype(np.int32)

@@ -51,6 +51,7 @@ def make_prompt(
     else:
         start = vocab.tokenizer.special(VISION_START)
         end = vocab.tokenizer.special(VISION_END)
+        # <I0> is a placeholder: `rows.insert_references` writes the codes on the devices.
         image = [start, *[vocab.image_token_offset] * num_image_tokens, end]
         head = [vocab.start_of_turn, *vocab.encode(f"user\n{before}")]
         user = [

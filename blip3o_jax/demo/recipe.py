@@ -298,8 +298,7 @@ def reinforcement(
     """Return the configuration of the reinforcement learning after the recipe: GRPO on the image
     tokens with the scorer as reward. Images are sampled as for a user, but at temperature 1, so
     that the images of a prompt differ more, and in half the denoising steps, which are enough to
-    tell a right image from a wrong one (docs/results/rl-cpu.md has the alternatives that were
-    tried).
+    distinguish a right image from a wrong one (docs/results/rl-cpu.md has the alternatives).
     """
     checkpoint_config = from_checkpoint(checkpoint, trained=("ar",))
     steps = 2 if fast else 230

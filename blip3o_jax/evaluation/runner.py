@@ -125,7 +125,7 @@ def evaluate(
     write(evaluation, pathlib.Path(out))
     scores = evaluation.scores()
     print(
-        "  ".join(f"{name} {share:.3f}" for name, share in scores["categories"].items()),
+        "  ".join(f"{name} {fraction:.3f}" for name, fraction in scores["categories"].items()),
         file=sys.stderr,
     )
     print(

@@ -52,7 +52,7 @@ class TextTower(nnx.Module):
             d, rngs=rngs, eps=cfg.layer_norm_eps, param_dtype=cfg.param_dtype
         )
         self.projection = nn.Linear(d, d_image, ("embed", "mlp"), rngs=rngs, **shape.dtypes)
-        # float32 whatever the tower's dtype: both scalars move by small steps.
+        # float32 for every dtype of the tower: both scalars move by small steps.
         self.log_scale = nn.param(rngs, (), (), jax.nn.initializers.constant(np.log(10.0)))
         self.bias = nn.param(rngs, (), (), jax.nn.initializers.constant(-10.0))
         self.dtype = jnp.dtype(cfg.dtype)

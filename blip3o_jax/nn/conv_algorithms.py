@@ -201,8 +201,8 @@ def _depthwise_gradients_by_pixel(
     dy_f32_BHWC = dy_BHWC.astype(jnp.float32)
 
     def add_pixel(t: jax.Array, total: jax.Array) -> jax.Array:
-        # One output pixel's share of the kernel's gradient, all taps at once; the batch and the
-        # channels stay whole, so that this works sharded over either.
+        # The contribution of one output pixel to the kernel's gradient, all taps at once. The batch
+        # and the channels stay whole, so that this works sharded over either.
         h, w = t // width, t % width
         window = jax.lax.dynamic_slice(padded_BHWC, (0, h, w, 0), (batch, side, side, channels))
         return total + window * jax.lax.dynamic_slice(

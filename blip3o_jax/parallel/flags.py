@@ -51,7 +51,7 @@ SETTINGS = (
             TPUS,
             "LIBTPU_INIT_ARGS",
             flag,
-            "fsdp gathers parameters layer by layer: the gathers run beside the layer before",
+            "fsdp gathers parameters layer by layer: the gathers overlap the layer before",
             f"{MAXTEXT}, CF_FOR_ALL_GATHER (on by default, to be sure)",
         )
         for flag in (
@@ -130,7 +130,7 @@ SETTINGS = (
         GPUS,
         "XLA_FLAGS",
         "--xla_gpu_enable_latency_hiding_scheduler=true",
-        "collectives move so that they run beside compute",
+        "collectives are scheduled to overlap compute",
         TOOLBOX,
     ),
     Setting(

@@ -85,4 +85,5 @@ def choose_groups(degenerate_C: np.ndarray, prompts: int) -> np.ndarray:
     degenerate_C = np.asarray(degenerate_C, bool)
     if len(degenerate_C) < prompts:
         raise ValueError(f"{len(degenerate_C)} groups cannot fill a rollout of {prompts}")
+    # False sorts before True, and a stable sort keeps the order of sampling.
     return np.argsort(degenerate_C, kind="stable")[:prompts]

@@ -105,6 +105,7 @@ def kl(mean_BHWC: jax.Array, reference_mean_BHWC: jax.Array, std_B: jax.Array) -
 
 def choose_steps(key: jax.Array, steps: int, trained_steps: int) -> jax.Array:
     """Choose `trained_steps` of the sampler's `steps`, never the last: int32 [K], ascending."""
+    # Sorted, as `sample_sde` finds a step's slot by binary search.
     return jnp.sort(jax.random.choice(key, steps - 1, (trained_steps,), replace=False)).astype(
         jnp.int32
     )
@@ -148,6 +149,7 @@ def sample_sde(
         )
         velocity_BHWC = velocity_fn(x_BHWC, sigma_B * flow.num_train_timesteps).astype(jnp.float32)
         mean_BHWC, std_B = transition(x_BHWC, velocity_BHWC, sigma_B, next_B, noise=noise)
+        # Drawn at every step and used at the noisy ones: which these are is traced.
         draw_BHWC = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, index), shape))(
             keys_B
         )

@@ -53,6 +53,7 @@ class FlowPolicy(Policy):
         noise_BHWC = prepare_latents(model.cfg, prompts.noise_keys_B)
         velocity = guided_velocity_fn(model, hidden_BTD, self.rl.rollout)
         with nn.part("dit"):
+            # 2^32 - 1 is no index of an image: the key differs from those of all images.
             steps_key = jax.random.fold_in(
                 jax.random.fold_in(jax.random.key(prompts.seed), 2**32 - 1), prompts.number
             )
@@ -89,16 +90,18 @@ class FlowPolicy(Policy):
                 x_BHWC, v_BHWC, sigma_B, next_B, noise=cfg.noise_level
             )
 
+        # Scan slices the leading axis.
         steps_first = jax.tree.map(
             lambda x: x.swapaxes(0, 1), (arrays["latents"], sigma_BK, next_BK)
         )
+        # One trained step at a time: all K together would hold K times the DiT's activations.
         _, found = jax.lax.scan(jax.checkpoint(one), None, steps_first)
         return jax.tree.map(lambda x: x.swapaxes(0, 1), found)
 
     def reference(
-        self, model: Blip3o, arrays: RolloutArrays, image_ids: tuple[int, int], share: int
+        self, model: Blip3o, arrays: RolloutArrays, image_ids: tuple[int, int], prefix_group: int
     ) -> RolloutArrays:
-        del image_ids, share
+        del image_ids, prefix_group
         return {"reference_mean": self.means(model, arrays)[0]}
 
     def loss(
@@ -107,9 +110,9 @@ class FlowPolicy(Policy):
         arrays: RolloutArrays,
         weights: LossWeights,
         image_ids: tuple[int, int],
-        share: int,
+        prefix_group: int,
     ) -> tuple[jax.Array, Metrics]:
-        del image_ids, share
+        del image_ids, prefix_group
         mean_BKHWC, std_BK = self.means(model, arrays)
         log_prob = jax.vmap(flow_grpo.log_prob, in_axes=1, out_axes=1)
         logprob_BK = log_prob(arrays["next_latents"], mean_BKHWC, std_BK)
@@ -126,7 +129,7 @@ class FlowPolicy(Policy):
 def sample_ode_latents(
     model: Blip3o, prompts: RolloutPrompts, hidden_BTD: jax.Array, settings: SamplingConfig
 ) -> tuple[jax.Array, RolloutArrays]:
-    """Return what `FlowPolicy.sample` does, where no policy trains the latents: by Euler steps."""
+    """Sample like `FlowPolicy.sample`, by Euler steps, for runs that do not train the latents."""
     noise_BHWC = prepare_latents(model.cfg, prompts.noise_keys_B)
     velocity = guided_velocity_fn(model, hidden_BTD, settings)
     with nn.part("dit"):

@@ -58,6 +58,7 @@ def policy_loss(
     """
     if reference_logprobs_BN is None and cfg.kl_coef:
         raise ValueError(f"rl.kl_coef={cfg.kl_coef} needs the reference policy's log-probabilities")
+    # The old log-probabilities are constants: the gradient of r is r times that of l.
     log_ratio_BN = masked_difference(logprobs_BN, jax.lax.stop_gradient(old_logprobs_BN), valid_B)
     loss_BN, metrics = clipped_loss(
         log_ratio_BN,
@@ -71,6 +72,7 @@ def policy_loss(
         gap_BN = masked_difference(
             jax.lax.stop_gradient(reference_logprobs_BN), logprobs_BN, valid_B
         )
+        # expm1: exp(g) - 1 cancels for the small gaps near the reference.
         kl_BN = jnp.expm1(gap_BN) - gap_BN
         loss_BN += cfg.kl_coef * kl_BN
         metrics["kl"] = masked_mean(kl_BN, valid_B, valid_fraction_B)
@@ -106,9 +108,13 @@ def clipped_loss(
             jnp.exp(jnp.mean(log_ratio_BN, axis=1, keepdims=True)), log_ratio_BN.shape
         )
     low, high = 1 - clip[0], 1 + clip[1]
+    # The minimum with the unclipped term keeps the gradient of a ratio that has moved to the wrong
+    # side of the clip (PPO, arXiv 1707.06347, eq. 7).
     loss_BN = -jnp.minimum(r_BN * advantage_B1, jnp.clip(r_BN, low, high) * advantage_B1)
     gap_BN = jnp.abs(token_ratio_BN - 1)
     per_token = {
+        # With the other sign of the advantage the clipped term is the larger one, so that the clip
+        # has no effect.
         "clip_ratio/low_mean": ((r_BN < low) & (advantage_B1 < 0)).astype(jnp.float32),
         "clip_ratio/high_mean": ((r_BN > high) & (advantage_B1 > 0)).astype(jnp.float32),
         "importance_sampling_ratio": r_BN,
@@ -125,11 +131,15 @@ def masked_difference(a_BN: jax.Array, b_BN: jax.Array, valid_B: jax.Array) -> j
     """Return a - b in float32, 0 in rows that are not valid: neither their values nor their
     gradients reach the loss.
     """
+    # `where` on the difference, before any exp: the gradient of what it leaves out is 0, even for
+    # inf or NaN.
     return jnp.where(valid_B[:, None], a_BN.astype(jnp.float32) - b_BN.astype(jnp.float32), 0)
 
 
 def masked_mean(x_BN: jax.Array, valid_B: jax.Array, valid_fraction_B: jax.Array) -> jax.Array:
     """Return the mean over valid rows, by their fraction of the whole batch; 0 where that is 0."""
     return jnp.mean(jnp.where(valid_B[:, None], x_BN, 0)) / jnp.maximum(
-        jnp.mean(valid_fraction_B), 1e-9
+        # All entries are equal: their mean is the scalar, under any sharding.
+        jnp.mean(valid_fraction_B),
+        1e-9,
     )

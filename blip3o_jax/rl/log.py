@@ -28,8 +28,10 @@ GRID_IMAGES = 6  # of the best, and of the worst, in a picture
 
 
 class RolloutLog:
-    """Write rollouts.jsonl. Lines of rollouts from `start` on are dropped on opening: a run that
-    resumes writes them again."""
+    """Write rollouts.jsonl.
+
+    Lines of rollouts from `start` on are dropped on opening: a run that resumes writes them again.
+    """
 
     def __init__(
         self,
@@ -110,6 +112,7 @@ def best_and_worst(images: np.ndarray, prompts: Sequence[str], rewards: np.ndarr
     grid uint8 [1, H, W, 3].
     """
     order = np.argsort(-rewards, kind="stable")
+    # With fewer images than two rows, none is shown twice.
     chosen = [*order[:GRID_IMAGES], *order[GRID_IMAGES:][-GRID_IMAGES:]]
     labels = [f"{rewards[i]:.2f} {prompts[i]}" for i in chosen]
     return np.asarray(labelled_grid([images[i] for i in chosen], labels))[None]

@@ -20,8 +20,9 @@ def make_loss(config: Config, image_ids: tuple[int, int], shards: int) -> Loss:
     rl = config.rl
     policies = make_policies(config)
     micro_batches = config.optimizer.accumulate
-    # A micro-batch takes every so many rows: a part of each group, or none of some.
-    share = (
+    # Micro-batches take rows with a stride (train/step.py). If the stride divides the groups, each
+    # takes equal parts of all groups, whose rows can share a prefill.
+    prefix_group = (
         images_per_prefix(rl.num_generations // micro_batches, rl.num_prompts, shards)
         if rl.num_generations % micro_batches == 0
         else 1
@@ -35,7 +36,7 @@ def make_loss(config: Config, image_ids: tuple[int, int], shards: int) -> Loss:
         total = jnp.zeros((), jnp.float32)
         metrics: dict[str, jax.Array] = {}
         for policy in policies:
-            value, found = policy.loss(model, batch, weights, image_ids, share)
+            value, found = policy.loss(model, batch, weights, image_ids, prefix_group)
             total += value
             metrics |= {f"{policy.metric_prefix}{name}": x for name, x in found.items()}
         return total, metrics

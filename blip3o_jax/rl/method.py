@@ -39,7 +39,8 @@ def run(config: Config, workdir: str | pathlib.Path) -> Summary:
 
 def resolved(config: Config) -> Config:
     """Return the configuration with the settings that follow from `rl`: the batch is a rollout.
-    ConfigError for what cannot work.
+
+    Raises ConfigError for settings that exclude each other.
     """
     rl = config.rl
     check(
@@ -136,8 +137,10 @@ class ReinforcementLearning:
 
 
 def with_prompts(position: dict[str, Any], prompts: list[Prompt], path: str) -> dict[str, Any]:
-    """Return the position with a digest of the prompts and of what rewards read of them, in their
-    order. UserError where it has that of others."""
+    """Return the position with a digest of the prompts and their metadata, in their order.
+
+    Raises UserError if the position has the digest of other prompts.
+    """
     content = [[prompt.text, prompt.metadata] for prompt in prompts]
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
     if position["rollout"] and position.get("prompts") != digest:
@@ -150,9 +153,10 @@ def with_prompts(position: dict[str, Any], prompts: list[Prompt], path: str) -> 
 
 
 def _reference(context: RunContext, state: TrainState, *, fresh: bool) -> Any:
-    """Return the trainable parameters that the run started from: a copy, since the step overwrites
-    the state. A run that resumes reads them again from `checkpoint.init_from`; low-rank factors
-    that were initialised then are switched off.
+    """Return the trainable parameters that the run started from.
+
+    They are a copy, since the step donates the state. A run that resumes reads them from
+    `checkpoint.init_from`; low-rank factors that the run initialised are switched off.
     """
     if fresh:
         return jax.jit(

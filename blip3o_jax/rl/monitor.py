@@ -15,8 +15,9 @@ from blip3o_jax.rl.policies import make_policies
 
 
 class RatioMonitor:
-    """Warn once where the mean is more than rounding explains; stop the run where the largest is
-    above `rl.max_ratio_gap`.
+    """Warn once if the mean gap is larger than rounding explains.
+
+    Stops the run if the largest gap exceeds `rl.max_ratio_gap`.
     """
 
     def __init__(self, config: Config):
@@ -27,8 +28,10 @@ class RatioMonitor:
         self._warned = False
 
     def check(self, step: int, values: dict[str, float]) -> None:
-        """Check the metrics of a step, unless the ratios are of a later update on a rollout, or of
-        a rollout that an older policy sampled.
+        """Check the metrics of a step.
+
+        Steps whose ratios differ from 1 by design are skipped: later updates on a rollout, and
+        rollouts that an older policy sampled.
         """
         if self._rl.off_policy_steps or (step - 1) % self._rl.num_iterations:
             return

@@ -1,5 +1,4 @@
-"""Map the names of `rl.policy` to policies. An algorithm is a file with a `Policy` and a row
-here."""
+"""Map the names of `rl.policy` to policies; a new algorithm is a `Policy` and a row here."""
 
 from blip3o_jax.config import Config, check_choice
 from blip3o_jax.rl.flow_policy import FlowPolicy

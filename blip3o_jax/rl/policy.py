@@ -20,8 +20,11 @@ ROUNDING = {"float32": 1e-5, "bfloat16": 0.03}
 
 
 class RolloutPrompts(NamedTuple):
-    """Hold the prompts of a rollout, inside its program. Each of R rows is the prompt of `share`
-    images next to each other, which share its prefill: B = R share."""
+    """Hold the prompts of a rollout, inside its program.
+
+    Each of the R rows is the prompt of `prefix_group` consecutive images, which share its prefill:
+    B = R prefix_group.
+    """
 
     tokens_RL: jax.Array  # int32, padded on the right
     lengths_R: jax.Array  # int32
@@ -30,7 +33,7 @@ class RolloutPrompts(NamedTuple):
     seed: jax.Array
     number: jax.Array  # of the rollout in the run
     image_ids: tuple[int, int]  # first id of the codebook, last + 1
-    share: int
+    prefix_group: int
 
 
 class LossWeights(NamedTuple):
@@ -52,7 +55,7 @@ class Policy(abc.ABC):
 
     samples: ClassVar[Literal["tokens", "latents"]]
     parts: ClassVar[frozenset[str]]  # of the model, that the loss has a gradient for
-    trainable: ClassVar[tuple[str, ...]]  # what is trained where the configuration names nothing
+    trainable: ClassVar[tuple[str, ...]]  # default patterns of trained parameters
     # Prefix of the metrics of `loss`. The monitor checks `ratio_gap` if it is among them.
     metric_prefix: ClassVar[str]
 
@@ -77,9 +80,9 @@ class Policy(abc.ABC):
 
     @abc.abstractmethod
     def reference(
-        self, model: Blip3o, arrays: RolloutArrays, image_ids: tuple[int, int], share: int
+        self, model: Blip3o, arrays: RolloutArrays, image_ids: tuple[int, int], prefix_group: int
     ) -> RolloutArrays:
-        """Return what the loss reads of the reference policy, of which `model` is."""
+        """Return the arrays that the loss reads; `model` has the reference policy's weights."""
 
     @abc.abstractmethod
     def loss(
@@ -88,11 +91,11 @@ class Policy(abc.ABC):
         arrays: RolloutArrays,
         weights: LossWeights,
         image_ids: tuple[int, int],
-        share: int,
+        prefix_group: int,
     ) -> tuple[jax.Array, Metrics]:
         """Return the loss and metrics of a (micro-)batch, scalars."""
 
 
 def rounding_of(dtype: str) -> float:
-    """Return what rounding explains of the mean of |ratio - 1| in a compute dtype."""
+    """Return the mean of |ratio - 1| that rounding explains in a compute dtype."""
     return ROUNDING.get(dtype, ROUNDING["bfloat16"])

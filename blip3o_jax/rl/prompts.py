@@ -15,6 +15,7 @@ def prompt_indices(count: int, rollout: int, prompts_per_rollout: int, seed: int
     """
     positions = rollout * prompts_per_rollout + np.arange(prompts_per_rollout)
     epochs, offsets = np.divmod(positions, count)
+    # The orders of the epochs that this rollout covers: two at an epoch's end.
     orders = {
         epoch: np.random.default_rng((seed, epoch)).permutation(count)
         for epoch in np.unique(epochs).tolist()
@@ -28,8 +29,10 @@ def prompt_indices(count: int, rollout: int, prompts_per_rollout: int, seed: int
 
 
 class PromptRows:
-    """Hold prompts as rows of tokens, padded to the longest of all `prompts`, so that one program
-    serves them all. UserError for a prompt that does not fit in a row with its image."""
+    """Tokenize prompts to rows, padded to the longest of all `prompts`: one program serves all.
+
+    Raises UserError for a prompt that does not fit in a row with its image.
+    """
 
     def __init__(self, prompts: list[Prompt], config: Config, vocabulary: Vocabulary):
         self._config = config

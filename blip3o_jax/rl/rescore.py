@@ -46,6 +46,7 @@ def rescore(
             f"{workdir} holds no rollouts.jsonl with lines: name the --workdir of a run of blip3o "
             "rl"
         )
+    # Before the rewards are made, which may take minutes: a run that kept no images fails here.
     _image(workdir, lines[0])
     files.check_out_file(out)
     done = []
@@ -72,9 +73,10 @@ def rescore(
 
 
 def rewards_of(workdir: pathlib.Path) -> tuple[RewardConfig, ...]:
-    """Return the rewards of a run, with their weights and clips. UserError where
-    it has no checkpoint, or where they may do more than look at the images: the user has to name
-    those.
+    """Return the rewards of a run, with their weights and clips.
+
+    Raises UserError without a checkpoint, or for rewards that may do more than read the images,
+    which the user must name.
     """
     root, _ = find(workdir)
     rewards = read_config(root).rl.rewards
@@ -156,7 +158,7 @@ def _images(workdir: pathlib.Path, group: list[dict[str, Any]]) -> np.ndarray:
 def _image(workdir: pathlib.Path, line: dict[str, Any]) -> np.ndarray:
     path = image_path(workdir, line["rollout"], line["row"])
     try:
-        # As the log writes them: no other decoder is started on a file from elsewhere.
+        # PNG only, as the log writes: untrusted files reach no other decoder.
         image = images.decode(path.read_bytes(), formats=("PNG",))
     except (OSError, BadRecord) as e:
         raise UserError(

@@ -49,8 +49,9 @@ def concatenate(batches: Sequence[RewardBatch]) -> RewardBatch:
 
 
 def gather(own: RewardBatch, rows: Sequence[int], count: int) -> RewardBatch:
-    """Return the rewards of `count` images, of which this host has scored `rows`. Of an image that
-    several hosts have scored, the reward is that of the first.
+    """Return the rewards of `count` images, of which this host has scored `rows`.
+
+    If several hosts have scored an image, the first host's reward is returned.
     """
     if jax.process_count() == 1:
         return own
@@ -63,6 +64,7 @@ def gather(own: RewardBatch, rows: Sequence[int], count: int) -> RewardBatch:
     total_B = np.zeros(count, np.float32)
     failed_B = np.ones(count, bool)
     parts: dict[str, np.ndarray] = {}
+    # Reversed, so that the values of the first host that scored an image are written last.
     for received in reversed(_allgather_json(sent)):
         at = received["rows"]
         total_B[at] = received["total"]
@@ -76,6 +78,7 @@ def _allgather_json(value: Any) -> list[Any]:
     """Return the `value` of every host, which JSON can hold."""
     text = np.frombuffer(json.dumps(value).encode(), np.uint8)
     lengths = multihost_utils.process_allgather(np.array(len(text)))
+    # Collectives exchange arrays of one shape, hence the padding and the lengths before.
     texts = multihost_utils.process_allgather(np.pad(text, (0, int(lengths.max()) - len(text))))
     return [
         json.loads(bytes(text[:length]))
@@ -95,8 +98,9 @@ def compute_advantages(rewards: RewardBatch, cfg: RlConfig) -> Advantages:
 
 
 def loss_inputs(rewards: RewardBatch, cfg: RlConfig) -> dict[str, np.ndarray]:
-    """Return what the loss reads of each image [B]: `advantage`; `valid`, 1 with a reward, else 0;
-    and `bad_records`, for the loop's count.
+    """Return the loss's inputs [B]: `advantage`, `valid` (1 with a reward, else 0), `bad_records`.
+
+    The loop counts the latter.
     """
     valid_B = ~rewards.failed_B
     return {
@@ -127,6 +131,7 @@ def reward_metrics(
         "rl/reward": float(total_B[valid_B].mean()),
         "rl/reward_batch_std": float(total_B[valid_B].std()),
         "rl/reward_max": float(total_B[valid_B].max()),
+        # `nanmean` of NaN alone warns.
         "rl/reward_std": float(np.nanmean(std_P)) if np.isfinite(std_P).any() else 0.0,
     }
     for name, part_B in rewards.parts.items():

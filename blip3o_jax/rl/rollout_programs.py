@@ -34,8 +34,9 @@ from blip3o_jax.train.state import StatePlan
 
 
 def images_per_prefix(num_generations: int, prompts: int, shards: int) -> int:
-    """Return how many images of a group share the prefill of their prompt: as many as leave every
-    device a prompt.
+    """Return the largest number of a group's images that share one prefill of their prompt.
+
+    The number of prefills must divide over the shards of the batch.
     """
     return next(
         g
@@ -51,8 +52,8 @@ def make_rollout(
     H, W, 3], arrays), compiled for each shape. Rows are sampled from keys of (seed, their index);
     the denoising steps trained on from (seed, number of the rollout).
 
-    What no policy samples is sampled as in generation: the image tokens once a group, the latents
-    by Euler steps. Each image has its own initial noise.
+    Samples of no policy are generated as in inference: the image tokens once for each group, the
+    latents by Euler steps. Each image has its own initial noise.
     """
     rl = config.rl
     group = rl.num_generations
@@ -68,17 +69,23 @@ def make_rollout(
         number: jax.Array,
     ) -> tuple[jax.Array, RolloutArrays]:
         model = plan.model(params, frozen)
-        share = images_per_prefix(group, len(tokens_PL), strategy.batch_shards)
+        prefix_group = images_per_prefix(group, len(tokens_PL), strategy.batch_shards)
         tokens_RL, lengths_R = (
-            jnp.repeat(x, group // share, axis=0) for x in (tokens_PL, lengths_P)
+            jnp.repeat(x, group // prefix_group, axis=0) for x in (tokens_PL, lengths_P)
         )
         tokens_RL = nn.constrain(tokens_RL, "batch", None)
         prompts = RolloutPrompts(
-            tokens_RL, lengths_R, *sampling_keys(seed, indices_B), seed, number, image_ids, share
+            tokens_RL,
+            lengths_R,
+            *sampling_keys(seed, indices_B),
+            seed,
+            number,
+            image_ids,
+            prefix_group,
         )
         arrays = {
-            "tokens": jnp.repeat(tokens_RL, share, axis=0),
-            "lengths": jnp.repeat(lengths_R, share, axis=0),
+            "tokens": jnp.repeat(tokens_RL, prefix_group, axis=0),
+            "lengths": jnp.repeat(lengths_R, prefix_group, axis=0),
         }
         if "tokens" in samplers:
             hidden_BTD, sampled = samplers["tokens"](model, prompts)
@@ -89,6 +96,7 @@ def make_rollout(
             z_BHWC, sampled = samplers["latents"](model, prompts, hidden_BTD)
         else:
             z_BHWC, sampled = sample_ode_latents(model, prompts, hidden_BTD, rl.rollout)
+        # Pixels leave the devices as uint8, a quarter of the bytes; rewards read nothing else.
         return to_uint8(model.pixels(z_BHWC)), arrays | sampled
 
     return strategy.jit(rollout, out_shardings=strategy.batch_sharding())
@@ -101,22 +109,23 @@ def make_reference(
     means, where the loss needs them.
     """
     rl = config.rl
-    share = images_per_prefix(rl.num_generations, rl.num_prompts, strategy.batch_shards)
+    prefix_group = images_per_prefix(rl.num_generations, rl.num_prompts, strategy.batch_shards)
     policies = [policy for policy in make_policies(config) if policy.has_reference]
 
     def reference(params: Any, frozen: Any, arrays: RolloutArrays) -> RolloutArrays:
         model = plan.model(params, frozen)
         found: RolloutArrays = {}
         for policy in policies:
-            found |= policy.reference(model, arrays, image_ids, share)
+            found |= policy.reference(model, arrays, image_ids, prefix_group)
         return found
 
     return strategy.jit(reference, out_shardings=strategy.batch_sharding())
 
 
 def num_micro_batches(cfg: RlConfig) -> int:
-    """Return how many micro-batches a rollout is sampled in: of at most `rollout.batch_size` images
-    each, of whole groups, all of one size.
+    """Return the number of micro-batches of a rollout.
+
+    They have equal sizes of at most `rollout.batch_size` images, and hold whole groups.
     """
     max_prompts = max(1, cfg.rollout.batch_size // cfg.num_generations)
     return next(

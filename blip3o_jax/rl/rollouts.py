@@ -41,10 +41,10 @@ from blip3o_jax.train.state import TrainState
 class RolloutBatch:
     """Hold a rollout whose rewards are being computed.
 
-    `images`: those of this host, which are `rows` of the rollout. `arrays`: the inputs of the loss
-    (`rollout_programs`). `pending`: a handle for the rewards of each micro-batch. `seconds`: of
-    sampling. After the rewards arrive, `reward_wait`: the seconds spent waiting for them, and their
-    `timings` (`PoolResult.seconds`).
+    `images` are this host's, `rows` of the rollout. `arrays` are the inputs of the loss
+    (`rollout_programs`), `pending` one handle for the rewards of each micro-batch, and `seconds`
+    the time of sampling. After the rewards have arrived, `reward_wait` is the time spent waiting
+    for them and `timings` their `PoolResult.seconds`.
     """
 
     number: int
@@ -89,6 +89,7 @@ class RolloutIterator:
         self._run_rollout = rollout_programs.make_rollout(*programs)
         self._run_reference = rollout_programs.make_reference(*programs)
         self._sharding = context.strategy.batch_sharding()
+        # Rows of several rollouts are gathered on the devices: their arrays never come to the host.
         self._take = jax.jit(
             lambda rows, *x: jnp.concatenate(x)[rows], out_shardings=self._sharding
         )
@@ -107,6 +108,7 @@ class RolloutIterator:
             self._batch = self._next_batch(state)
         self._iteration = (self._iteration + 1) % self._rl.num_iterations
         self.wait_seconds = time.monotonic() - began
+        # A copy: the step removes entries from its batch, which serves `num_iterations` steps.
         return dict(self._batch)
 
     def position(self) -> dict[str, Any] | None:
@@ -135,6 +137,7 @@ class RolloutIterator:
             self._log.close()
 
     def _next_batch(self, state: TrainState) -> Batch:
+        # Waits for the last update, so that its time is not counted as sampling.
         jax.block_until_ready(state["step"])
         update = time.monotonic() - self._since
         batch = self._rollout(state)
@@ -235,8 +238,8 @@ class RolloutIterator:
         rewards = reward_batch.gather(own, rollout.rows, rl.num_prompts * rl.num_generations)
         rollout.reward_wait = time.monotonic() - began
         rollout.timings = [r.seconds for r in results]
-        # The fraction is that of the whole rollout, so that all hosts stop; each names the reasons
-        # that it has seen.
+        # All hosts check the fraction of the whole rollout, so that all stop; each lists the
+        # reasons of its own images.
         reasons = sum((collections.Counter(r.reasons) for r in results), collections.Counter())
         check_failed(rewards.failed_B, reasons, rl.max_failed_fraction)
         prompts = [rollout.prompts[row // rl.num_generations] for row in rollout.rows]
@@ -255,7 +258,7 @@ class RolloutIterator:
     def _rollout_metrics(
         self, rollouts: list[RolloutBatch], rewards: RewardBatch, advantages: Advantages
     ) -> dict[str, float]:
-        """Return the metrics of all that was sampled for a batch, replaced groups included."""
+        """Return the metrics of all images sampled for a batch, replaced groups included."""
         prompts = [prompt for rollout in rollouts for prompt in rollout.prompts]
         timings = [seconds for rollout in rollouts for seconds in rollout.timings]
         values = reward_batch.reward_metrics(
@@ -273,7 +276,7 @@ class RolloutIterator:
     def _assemble(
         self, rollouts: list[RolloutBatch], rewards: RewardBatch, advantages: Advantages
     ) -> Batch:
-        """Return the batch of the groups chosen from what was sampled."""
+        """Return the batch of the chosen groups."""
         rl = self._rl
         groups = choose_groups(advantages.degenerate_P, rl.num_prompts)
         rows = (groups[:, None] * rl.num_generations + np.arange(rl.num_generations)).ravel()
@@ -312,6 +315,7 @@ def _host_images(images: jax.Array, rows: list[int]) -> np.ndarray:
     by_row: dict[int, np.ndarray] = {}
     for shard in images.addressable_shards:
         start, _, _ = shard.index[0].indices(len(images))
+        # Replicas of a shard, along mesh axes that do not divide the batch, are read once.
         if start not in by_row:
             by_row |= {start + i: row for i, row in enumerate(np.asarray(shard.data))}
     return np.stack([by_row[row] for row in rows])

@@ -28,7 +28,7 @@ from blip3o_jax.config import SamplingConfig
 
 
 class TokenScores(NamedTuple):
-    """Hold what scoring computes of the image tokens of a rollout."""
+    """Hold the scores of a rollout's image tokens."""
 
     logprobs_BN: jax.Array  # float32; of the tokens, as `SampleOutput.logprobs_BN` when sampled
     entropy_BN: jax.Array  # float32; of the distributions they were sampled from
@@ -65,9 +65,11 @@ def score_image_tokens(
             support_BCV = jnp.unpackbits(support_BCX, axis=-1, count=logits_BCV.shape[-1]).astype(
                 bool
             )
+            # The sampled token is always in the support, so that its log-probability is finite.
             logits_BCV = jnp.where(support_BCV, logits_BCV, -jnp.inf)
         logprobs_BCV = jax.nn.log_softmax(logits_BCV)
         picked_BC = jnp.take_along_axis(logprobs_BCV, choice_BC[..., None], axis=-1)[..., 0]
+        # p log p is 0 at p = 0; -inf times 0 would be NaN, in the gradient too.
         finite_BCV = jnp.where(jnp.isneginf(logprobs_BCV), 0.0, logprobs_BCV)
         return None, (picked_BC, -jnp.sum(jnp.exp(logprobs_BCV) * finite_BCV, axis=-1))
 
@@ -88,6 +90,7 @@ def teacher_forced_states(
     """Return the hidden states at the scale tag and at every image token [B, N + 1, D]: each but
     the last predicts the next token. With two branches [2 B, N + 1, D], next to each other.
     """
+    # The rows of a group have one prompt: its first row stands for all.
     first = lambda x: x.reshape(-1, group, *x.shape[1:])[:, 0]
     tokens_PL, lengths_P = first(tokens_BL), first(lengths_B)
     repeat_for_cfg = lambda x: jnp.repeat(x, cfg_branches, axis=0)

@@ -55,7 +55,7 @@ class TokenPolicy(Policy):
             prompts.token_keys_B,
             self.rl.rollout,
             prompts.image_ids,
-            group=prompts.share,
+            group=prompts.prefix_group,
             return_support=True,
         )
         arrays = {"image_ids": sampled.ids_BN, "logprobs": sampled.logprobs_BN}
@@ -64,9 +64,9 @@ class TokenPolicy(Policy):
         return sampled.hidden_BTD, arrays
 
     def score(
-        self, model: Blip3o, arrays: RolloutArrays, image_ids: tuple[int, int], share: int
+        self, model: Blip3o, arrays: RolloutArrays, image_ids: tuple[int, int], prefix_group: int
     ) -> TokenScores:
-        """Return the scores of the image tokens; `share` rows have one prefill of their prompt."""
+        """Return the scores of the image tokens; `prefix_group` rows share one prefill."""
         with nn.part("ar"):
             return score_image_tokens(
                 model.ar,
@@ -77,13 +77,15 @@ class TokenPolicy(Policy):
                 self.rl.rollout,
                 image_ids=image_ids,
                 chunk=self.rl.logits_chunk,
-                group=share,
+                group=prefix_group,
             )
 
     def reference(
-        self, model: Blip3o, arrays: RolloutArrays, image_ids: tuple[int, int], share: int
+        self, model: Blip3o, arrays: RolloutArrays, image_ids: tuple[int, int], prefix_group: int
     ) -> RolloutArrays:
-        return {"reference_logprobs": self.score(model, arrays, image_ids, share).logprobs_BN}
+        return {
+            "reference_logprobs": self.score(model, arrays, image_ids, prefix_group).logprobs_BN
+        }
 
     def loss(
         self,
@@ -91,9 +93,9 @@ class TokenPolicy(Policy):
         arrays: RolloutArrays,
         weights: LossWeights,
         image_ids: tuple[int, int],
-        share: int,
+        prefix_group: int,
     ) -> tuple[jax.Array, Metrics]:
-        scores = self.score(model, arrays, image_ids, share)
+        scores = self.score(model, arrays, image_ids, prefix_group)
         value, metrics = grpo.policy_loss(
             scores.logprobs_BN,
             arrays["logprobs"],
@@ -110,15 +112,18 @@ class TokenPolicy(Policy):
 def sample_shared_tokens(
     model: Blip3o, prompts: RolloutPrompts, group: int, settings: SamplingConfig
 ) -> tuple[jax.Array, RolloutArrays]:
-    """Return what `TokenPolicy.sample` does, where no policy trains tokens: all images of a group
-    have the image tokens of its first row, so that their rewards differ by what is trained alone.
+    """Sample like `TokenPolicy.sample`, for runs that do not train the tokens.
+
+    All images of a group have the same image tokens, so that their rewards differ only by the
+    samples that are trained.
     """
     sampled = sample_image_tokens(
         model,
         prompts.tokens_RL,
         prompts.lengths_R,
-        jnp.repeat(prompts.token_keys_B[::group], group // prompts.share, axis=0),
+        # The key of each group's first image, for every row of its prompt.
+        jnp.repeat(prompts.token_keys_B[::group], group // prompts.prefix_group, axis=0),
         settings,
         prompts.image_ids,
     )
-    return jnp.repeat(sampled.hidden_BTD, prompts.share, axis=0), {}
+    return jnp.repeat(sampled.hidden_BTD, prompts.prefix_group, axis=0), {}

@@ -33,7 +33,8 @@ ONES = np.ones((B, L), np.int32)
 
 
 def torch_model(cfg: config.Qwen2Config) -> transformers.Qwen2ForCausalLM:
-    """float32, every parameter random, biases too, so that a forgotten or swapped one shows."""
+    """Return the stock model in float32 with every parameter random, biases too, so that a
+    forgotten or swapped one shows."""
     torch.manual_seed(0)
     values = conversions.stock_config("ar", config.ModelConfig(ar=cfg))
     made = transformers.Qwen2Config.from_dict(values, attn_implementation="eager")

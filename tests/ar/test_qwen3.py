@@ -49,7 +49,7 @@ def forward(model, tokens_BL, positions_BL=POSITIONS, segment_ids_BL=ONES):
 
 @nnx.jit
 def loss_and_gradients(model: qwen3.Qwen3, tokens_BL: jax.Array):
-    """Next-token cross entropy, its gradients, and what it was computed from."""
+    """Return next-token cross entropy, its gradients, and what it was computed from."""
 
     def loss(model):
         hidden_BLD = forward(model, tokens_BL)
@@ -114,7 +114,7 @@ def test_packed_rows_equal_separate_rows(model):
 
 
 def residual_bytes(model: qwen3.Qwen3) -> int:
-    """What the backward pass keeps from the forward pass, parameters aside."""
+    """Return what the backward pass keeps from the forward pass, parameters aside."""
     pull = jax.eval_shape(
         lambda x: jax.vjp(lambda x: model(x, POSITIONS, ONES), x)[1], model.embed(tokens())
     )

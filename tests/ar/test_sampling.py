@@ -51,7 +51,7 @@ def generate(model, tokens_BL, lengths_B, keys_B, **settings):
 
 @nnx.jit
 def full(model: Qwen3, tokens_L: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Hidden states and image logits of one unpadded row."""
+    """Return hidden states and image logits of one unpadded row."""
     L = len(tokens_L)
     hidden = model(model.embed(tokens_L[None]), jnp.arange(L)[None], jnp.ones((1, L), jnp.int32))[0]
     return hidden, model.logits(hidden)[:, slice(*IMAGE_IDS)]
@@ -72,7 +72,7 @@ def keys(count: int = len(LENGTHS)) -> jax.Array:
 def expected_logprobs(
     logits_V: np.ndarray, temperature: float, top_k: int, top_p: float
 ) -> np.ndarray:
-    """The definition, in float64 and one class after another: -inf for what cannot be drawn."""
+    """Return the definition, in float64 and class by class: -inf for what cannot be drawn."""
     weights = np.exp(logits_V.astype(np.float64) / temperature)
     order = np.argsort(-weights, kind="stable")[: top_k or len(weights)]
     kept, mass = [], 0.0

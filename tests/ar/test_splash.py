@@ -27,7 +27,7 @@ MESHES = {
 
 @functools.cache
 def inputs():
-    """A padded row, two packed examples, a row that opens with padding, a full row."""
+    """Return a padded row, two packed examples, a row that opens with padding, a full row."""
     rng = np.random.default_rng(0)
     qkv = [rng.normal(size=(B, L, heads, K)).astype(np.float32) for heads in (H, G, G)]
     segments_BL = np.ones((B, L), np.int32)

@@ -18,7 +18,8 @@ def torch_config(cfg: config.Qwen3Config) -> transformers.Qwen3Config:
 
 
 def torch_model(cfg: config.Qwen3Config, seed: int = 0) -> transformers.Qwen3ForCausalLM:
-    """float32, every parameter random: norms around 1, so that a forgotten or swapped one shows."""
+    """Return the stock model in float32 with every parameter random: norms around 1, so that a
+    forgotten or swapped one shows."""
     torch.manual_seed(seed)
     model = transformers.Qwen3ForCausalLM(torch_config(cfg)).eval()
     with torch.no_grad():

@@ -36,7 +36,7 @@ CONFIG = "from blip3o_jax.config import Config\n\ndef get_config():\n    return 
 
 @pytest.fixture
 def stub(monkeypatch):
-    """Stands in for the module a command imports; returns the calls made to it."""
+    """Stand in for the module a command imports; returns the calls made to it."""
 
     def install(name: str, function: str, result=None, raises: BaseException | None = None) -> list:
         calls = []

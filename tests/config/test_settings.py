@@ -249,8 +249,8 @@ ODD = (
 
 
 def leaves(cls=config.Config, path=""):
-    """(dotted path of the group, group, field, annotation) of every field that is no group, those
-    of lists of groups too.
+    """Return (dotted path of the group, group, field, annotation) of every field that is no group,
+    those of lists of groups too.
     """
     for name, hint in fields.field_types(cls).items():
         kind, _, _ = fields.unwrapped(hint)
@@ -274,7 +274,8 @@ LEAVES = tuple(leaves())
 
 
 def nested(path, value, cls):
-    """{"a": [{"b": value}]} of "a[0].b", a field of `cls`; with its `model_type` for a family."""
+    """Return {"a": [{"b": value}]} of "a[0].b", a field of `cls`; with its `model_type` for a
+    family."""
     for part in reversed(path.split(".")):
         name, bracket, _ = part.partition("[")
         value = {name: [value] if bracket else value}
@@ -292,7 +293,7 @@ def at(value, path):
 
 
 def bare(hint):
-    """Kinds in an annotation that say nothing of what is allowed."""
+    """Return kinds in an annotation that say nothing of what is allowed."""
     kind, constraints, _ = fields.unwrapped(hint)
     if kind in (int, float, str):
         return [] if constraints else [kind]
@@ -310,7 +311,7 @@ def in_python(given):
 
 
 def assert_sane(value):
-    """What no setting may be, whatever its annotation says."""
+    """Check what no setting may be, whatever its annotation says."""
     if isinstance(value, tuple):
         for inner in value:
             assert_sane(inner)

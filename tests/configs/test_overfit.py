@@ -41,7 +41,7 @@ PHOTOGRAPHS = {
 
 
 def write_photographs(path: pathlib.Path) -> pathlib.Path:
-    """A webdataset tar of the photographs that scikit-image ships inside its package."""
+    """Write a webdataset tar of the photographs that scikit-image ships inside its package."""
     folder = pathlib.Path(pytest.importorskip("skimage.data").__file__).parent
     with tarfile.open(path, "w") as archive:
         for name, caption in PHOTOGRAPHS.items():

@@ -41,7 +41,7 @@ CODES = 32
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What published directories differ in. `seed` is for the sizes and the values."""
+    """Hold what published directories differ in. `seed` is for the sizes and the values."""
 
     seed: int = 0
     dtype: str = "bfloat16"
@@ -62,7 +62,7 @@ class Options:
     vae: str = "f4"  # a key of AUTOENCODERS
 
     def __str__(self) -> str:
-        """The values other than the defaults, for the id of a test."""
+        """Return the values other than the defaults, for the id of a test."""
         changed = {
             f.name: getattr(self, f.name)
             for f in dataclasses.fields(self)
@@ -111,7 +111,7 @@ AUTOENCODERS = {
 
 
 def model(options: Options, vocab_size: int = 1) -> ModelConfig:
-    """Sizes drawn for the seed; widths of the parts differ, depths are 1 to 3."""
+    """Return sizes drawn for the seed; widths of the parts differ, depths are 1 to 3."""
     rng = np.random.default_rng(options.seed)
     draw = lambda *choices: choices[rng.integers(len(choices))]
     heads, head_dim, kv = draw(2, 4), draw(4, 8), draw(1, 2)
@@ -169,7 +169,7 @@ def model(options: Options, vocab_size: int = 1) -> ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Published:
-    """`tensors`: what the directory holds, by name. `arguments`: of `open_source`."""
+    """Hold a published directory: its `tensors` by name, and the `arguments` of `open_source`."""
 
     directory: pathlib.Path
     model: ModelConfig
@@ -179,9 +179,9 @@ class Published:
 
 
 def write(place: pathlib.Path, options: Options, base: ModelConfig | None = None) -> Published:
-    """A BLIP3o-NEXT directory `place`/model, and beside it what states the sizes it does not:
-    ta_tok.json, and sana/ with configurations alone. `base`: a model with sizes other than those of
-    the seed.
+    """Write a BLIP3o-NEXT directory `place`/model, and beside it what states the sizes it does not:
+    ta_tok.json, and sana/ with configurations alone. `base`: a model with sizes other than those
+    of the seed.
     """
     directory = place / "model"
     directory.mkdir(parents=True)
@@ -202,7 +202,7 @@ def write(place: pathlib.Path, options: Options, base: ModelConfig | None = None
 
 
 def write_text(directory: pathlib.Path, options: Options) -> int:
-    """The text tokenizer's files; how many ids are text."""
+    """Write the text tokenizer's files; how many ids are text."""
     if options.text == "sentencepiece":
         return train_sentencepiece(CAPTIONS, directory / "tokenizer.model", 400).size
     write_bpe(directory)
@@ -219,7 +219,7 @@ def write_text(directory: pathlib.Path, options: Options) -> int:
 
 
 def state_dict(cfg: ModelConfig, options: Options) -> dict[str, torch.Tensor]:
-    """Every tensor under its published name, with random values."""
+    """Return every tensor under its published name, with random values."""
     tensors = {}
     for part, prefix in PREFIXES.items():
         if part in ("latent_connector", "feature_connector") and not getattr(options, part):
@@ -242,7 +242,7 @@ def state_dict(cfg: ModelConfig, options: Options) -> dict[str, torch.Tensor]:
 
 
 def random_part(part: str, cfg: ModelConfig, options: Options) -> dict[str, torch.Tensor]:
-    """The state dict of one stock class; of a tied AR, with lm_head where it is stored."""
+    """Return the state dict of one stock class; of a tied AR, with lm_head where it is stored."""
     rng = np.random.default_rng([options.seed, *part.encode()])
     dtypes = [getattr(torch, options.dtype)] * 3 + [
         torch.float32,
@@ -272,7 +272,8 @@ def save(
     *,
     torch_files: bool = False,
 ):
-    """One file or several with an index, by the library `safetensors` (or as torch's own files)."""
+    """Write one file or several with an index, by the library `safetensors` (or as torch's own
+    files)."""
     suffix = "bin" if torch_files else "safetensors"
     write_file = (
         torch.save
@@ -297,7 +298,7 @@ def save(
 
 
 def config_json(cfg: ModelConfig, text_rows: int, options: Options) -> dict[str, object]:
-    """As Qwen3's before transformers 5, and what the reference's training adds."""
+    """Return it as Qwen3's before transformers 5, and what the reference's training adds."""
     first = text_rows + 5
     return qwen3_json(cfg) | {
         "architectures": ["blip3oQwenForCausalLM"],
@@ -346,8 +347,8 @@ def qwen3_json(cfg: ModelConfig) -> dict[str, object]:
 def write_diffusion(
     directory: pathlib.Path, cfg: ModelConfig, options: Options | None
 ) -> dict[str, torch.Tensor]:
-    """A SANA directory as the stock classes save it, its scheduler another class's; with `options`
-    with weights, which are returned by the names of a BLIP3o-NEXT directory.
+    """Write a SANA directory as the stock classes save it, its scheduler another class's; with
+    `options` with weights, which are returned by the names of a BLIP3o-NEXT directory.
     """
     tensors = {}
     for folder, part in (("transformer", "dit"), ("vae", "vae")):
@@ -370,7 +371,7 @@ def write_diffusion(
 
 
 def ta_tok_sizes(cfg: ModelConfig) -> dict[str, object]:
-    """What --ta_tok_config takes."""
+    """Return what --ta_tok_config takes."""
     tokenizer = config.to_dict(cfg.tokenizer)
     own = ("dtype", "param_dtype", "remat", "unroll")
     sizes = {
@@ -384,7 +385,7 @@ def ta_tok_sizes(cfg: ModelConfig) -> dict[str, object]:
 
 
 def read(directory: pathlib.Path) -> dict[str, torch.Tensor]:
-    """All tensors of a directory's safetensors files, by the library of that name."""
+    """Return all tensors of a directory's safetensors files, by the library of that name."""
     tensors = {}
     for file in directory.glob("*.safetensors"):
         new = safetensors.torch.load_file(file)
@@ -394,7 +395,7 @@ def read(directory: pathlib.Path) -> dict[str, torch.Tensor]:
 
 
 def check_equal(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor]) -> None:
-    """The same names, shapes, dtypes and bits."""
+    """Check the same names, shapes, dtypes and bits."""
     assert got.keys() == want.keys(), sorted(got.keys() ^ want.keys())
     for key, value in want.items():
         assert (got[key].dtype, got[key].shape) == (value.dtype, value.shape), key
@@ -408,7 +409,7 @@ def write_json(path: pathlib.Path, value: object) -> None:
 
 
 def text_ids(directory: pathlib.Path) -> list[list[int]]:
-    """What the tokenizer of a directory makes of some texts."""
+    """Return what the tokenizer of a directory makes of some texts."""
     kind = "sentencepiece" if (directory / tokenizers.SENTENCEPIECE_FILE).is_file() else "bpe"
     tokenizer = load_tokenizer(TextConfig(kind, str(directory)))
     return [tokenizer.encode(text) for text in CAPTIONS]
@@ -416,8 +417,8 @@ def text_ids(directory: pathlib.Path) -> list[list[int]]:
 
 @pytest.fixture(scope="module")
 def planned_once() -> Iterator[Callable[[Config, Strategy], StatePlan]]:
-    """`plan_state`, which traces the whole model, once for each model and place: else it is most of
-    what these tests take.
+    """Cache `plan_state`, which traces the whole model, once for each model and place: else it is
+    most of what these tests take.
     """
     cached = functools.cache(plan_state)
     plan = lambda cfg, strategy: cached(

@@ -42,7 +42,7 @@ def good(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def imported(good, tmp_path_factory, planned_once):  # noqa: F811
-    """(source, its checkpoint)."""
+    """Return (source, its checkpoint)."""
     source = open_source(good.directory, **good.arguments)
     root = tmp_path_factory.mktemp("imported") / "checkpoint"
     import_weights(source, root)
@@ -51,7 +51,7 @@ def imported(good, tmp_path_factory, planned_once):  # noqa: F811
 
 @pytest.fixture
 def copy(good, tmp_path):
-    """The published directory, to be spoilt, and what opens it."""
+    """Return the published directory, to be spoilt, and what opens it."""
     shutil.copytree(good.directory, tmp_path / "model")
     return types.SimpleNamespace(
         path=tmp_path / "model",
@@ -78,7 +78,7 @@ def edit_json(path, **changes):
 
 
 def refused(copy, *words, **changes):
-    """The error's one line, which has all of `words`."""
+    """Return the error's one line, which has all of `words`."""
     with pytest.raises(UserError) as error:
         open_source(copy.path, **copy.arguments | changes)
     line = str(error.value)
@@ -365,7 +365,7 @@ def listing(directory):
 
 @pytest.fixture(params=["import", "export"])
 def convert(request, imported):
-    """Writes one or the other to a directory."""
+    """Write one or the other to a directory."""
     source, root = imported
     write = {
         "import": lambda out, **s: import_weights(source, out, **s),
@@ -375,7 +375,7 @@ def convert(request, imported):
 
 
 def not_written(convert, out, *words, **settings):
-    """Refused in one line, with everything beside `out` as it was."""
+    """Check that it is refused in one line, with everything beside `out` as it was."""
     before = listing(out.parent) if out.parent.is_dir() else None
     with pytest.raises(UserError) as error:
         convert(out, **settings)
@@ -441,7 +441,8 @@ def test_targets_that_hold_what_is_read(imported, copy, tmp_path):
 
 @contextlib.contextmanager
 def largest_file(size):
-    """Nothing can be written beyond `size` bytes of a file, which fails as a full disk does."""
+    """Limit files: nothing can be written beyond `size` bytes of a file, which fails as a full disk
+    does."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:

@@ -20,7 +20,7 @@ def listing(directory):
 
 
 def contents(out):
-    """What was written, and that the manifest names it."""
+    """Return what was written, and that the manifest names it."""
     found = listing(out)
     names = json.loads(found.pop(MANIFEST))["written"]
     assert names == sorted(name for name in found if "/" not in name)

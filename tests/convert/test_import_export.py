@@ -14,7 +14,7 @@ from diffusers import AutoencoderDC, SanaTransformer2DModel
 from transformers import Qwen3ForCausalLM
 
 from blip3o_jax.config import MeshConfig, UserError, to_dict
-from blip3o_jax.convert import exporter, mapping, torch_model
+from blip3o_jax.convert import export_tensors, mapping, torch_model
 from blip3o_jax.convert.exporter import export_weights
 from blip3o_jax.convert.importer import import_weights, read_into
 from blip3o_jax.convert.mapping import flat
@@ -52,7 +52,8 @@ SEEDS = 5
 
 
 def options(seed: int) -> Options:
-    """The seed's own: every value of an option is some seed's, in combinations left to chance."""
+    """Return the seed's options: every value of an option is some seed's, in combinations left to
+    chance."""
     fields = {}
     for i, (name, values) in enumerate(VALUES.items()):
         column = np.random.default_rng(i).permutation(np.resize(np.arange(len(values)), SEEDS))
@@ -70,7 +71,7 @@ def open_published(made, **changes):
 
 
 def round_trip(source, place, **settings):
-    """The tensors of an import that is exported again."""
+    """Return the tensors of an import that is exported again."""
     import_weights(source, place / "checkpoint")
     export_weights(place / "checkpoint", place / "out", **settings)
     return published.read(place / "out")
@@ -87,7 +88,7 @@ def test_every_option_is_met():
 @pytest.mark.parametrize("options", ALL, ids=[f"{o.seed}-{o}" for o in ALL])
 def test_there_and_back(options, tmp_path, monkeypatch):
     if options.seed % 2:  # large tables are converted a few rows at a time, large stacks a layer
-        monkeypatch.setattr(exporter, "PARALLEL_READ_BYTES", 3000)
+        monkeypatch.setattr(export_tensors, "PARALLEL_READ_BYTES", 3000)
     made = published.write(tmp_path, options)
     source = open_published(made)
     model = source.config.model
@@ -109,7 +110,7 @@ def test_there_and_back(options, tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory, planned_once):  # noqa: F811
-    """(what was published, what was opened, checkpoint): widths that divide over 8 devices,
+    """Return (what was published, what was opened, checkpoint): widths that divide over 8 devices,
     bfloat16, an untied head.
     """
     place = tmp_path_factory.mktemp("plain")
@@ -131,7 +132,7 @@ def as_torch(array):
 
 
 def exported_names(part, cfg, arrays):
-    """{path: array} of a part as published."""
+    """Return {path: array} of a part as published."""
     tensors = mapping.to_torch(part, cfg, {path: np.asarray(x) for path, x in arrays.items()})
     return {PREFIXES[part] + key: as_torch(x) for key, x in tensors.items()}
 
@@ -473,8 +474,8 @@ def test_shards_have_at_most_the_size_asked_for(plain, tmp_path, limit):
 
 @pytest.fixture(scope="module")
 def trained(plain, tmp_path_factory):
-    """The working directory of a run from the imported weights, 2 steps, interrupted after the
-    first and resumed.
+    """Return the working directory of a run from the imported weights, 2 steps, interrupted after
+    the first and resumed.
     """
     _, _, root = plain
     workdir = tmp_path_factory.mktemp("trained")
@@ -508,7 +509,7 @@ def trained(plain, tmp_path_factory):
 
 
 def once(save):
-    """Only the first step's checkpoint is written."""
+    """Write once: only the first step's checkpoint is written."""
     return lambda self, step, *args: save(self, step, *args) if step == 1 else None
 
 
@@ -518,14 +519,14 @@ def test_no_large_table_is_in_memory_twice(plain, tmp_path, monkeypatch, limit):
     none of the padding.
     """
     written = {}
-    write = exporter.ShardedWriter.write_rows
+    write = export_tensors.ShardedWriter.write_rows
 
     def watch(writer, key, rows, first):
         written.setdefault(key, []).append(rows)
         write(writer, key, rows, first)
 
-    monkeypatch.setattr(exporter, "PARALLEL_READ_BYTES", limit)
-    monkeypatch.setattr(exporter.ShardedWriter, "write_rows", watch)
+    monkeypatch.setattr(export_tensors, "PARALLEL_READ_BYTES", limit)
+    monkeypatch.setattr(export_tensors.ShardedWriter, "write_rows", watch)
     made, _, root = plain
     export_weights(root, tmp_path / "out")
     check_equal(published.read(tmp_path / "out"), made.tensors)

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 from blip3o_jax import checksums, lora
 from blip3o_jax import pipeline as pipelines
 from blip3o_jax.config import LoraConfig, to_dict
-from blip3o_jax.convert import exporter, mapping, verify
+from blip3o_jax.convert import export_tensors, exporter, mapping, verify
 from blip3o_jax.convert.importer import import_weights
 from blip3o_jax.convert.mapping import flat
 from blip3o_jax.convert.source import open_source
@@ -42,8 +42,8 @@ def plans_made_once():
 
 
 def written(place, **model):
-    """(configuration, weights as {part: nested dict}) of a checkpoint with factors at `place`/run;
-    B is drawn like all else.
+    """Return (configuration, weights as {part: nested dict}) of a checkpoint with factors at
+    `place`/run; B is drawn like all else.
     """
     cfg = tiny.run_config(tiny.data(), data={"max_length": 72}, model=FACTORS)
     cfg, tokenizer, weights = drawn(
@@ -120,7 +120,7 @@ def test_the_files_are_those_of_the_model_without_factors(trained, exported):
 
 def test_large_stacks_are_merged_a_layer_at_a_time(trained, exported, tmp_path, monkeypatch):
     place, _, _ = trained
-    monkeypatch.setattr(exporter, "PARALLEL_READ_BYTES", 0)
+    monkeypatch.setattr(export_tensors, "PARALLEL_READ_BYTES", 0)
     exporter.export_weights(place / "run", tmp_path / "torch")
     check_same(
         *(

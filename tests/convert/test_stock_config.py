@@ -63,7 +63,7 @@ QWEN3_17B = {
 
 
 def own_defaults(part):
-    """What a config.json can say: this package's own fields at their defaults."""
+    """Return what a config.json can say: this package's own fields at their defaults."""
     own = {f.name: f.default for f in dataclasses.fields(part) if f.name in stock.OWN_FIELDS}
     return dataclasses.replace(part, **own)
 

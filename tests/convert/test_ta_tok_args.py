@@ -49,7 +49,7 @@ REGULARIZER = "bottleneck.args.regularizer"
 
 
 def with_arg(path, value):
-    """ARGS with the value at a path another."""
+    """Return ARGS with the value at a path another."""
     args = copy.deepcopy(ARGS)
     *above, name = path.split(".")
     place = args

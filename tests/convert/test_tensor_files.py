@@ -27,7 +27,7 @@ SHAPES = ((3, 5), (), (2, 0, 4), (6,), (1, 1, 9))
 
 
 def arrays(seed=0):
-    """Every dtype in every shape, as random bits, so that NaNs with payloads are among them."""
+    """Return every dtype in every shape, as random bits, NaNs with payloads among them."""
     rng = np.random.default_rng(seed)
     found = {}
     for i, dtype in enumerate(NAMES):
@@ -331,7 +331,7 @@ def test_torch_files(tmp_path, zipped):
 
 
 class EasyDict(dict):
-    """As the library easydict has it: items are attributes too, so a pickle holds both."""
+    """Behave as the library easydict has it: items are attributes too, so a pickle holds both."""
 
     def __init__(self, values):
         for key, value in values.items():
@@ -343,7 +343,7 @@ class EasyDict(dict):
 
 
 def save_easydict(monkeypatch, file, args, tensors):
-    """A TA-Tok file as it is published, by a module that is gone when it is read."""
+    """Write a TA-Tok file as it is published, by a module that is gone when it is read."""
     with monkeypatch.context() as patch:
         module = types.ModuleType("easydict")
         module.EasyDict = EasyDict

@@ -63,7 +63,7 @@ def vocab(request, tmp_path):
 
 
 def export(vocab, directory, model_type="qwen3", **options):
-    """(notes, what AutoTokenizer reads)."""
+    """Return (notes, what AutoTokenizer reads)."""
     notes = write_text_files(vocab, directory, **{"image_tokens": True} | options)
     (directory / "config.json").write_text(json.dumps({"model_type": model_type}))
     return notes, transformers.AutoTokenizer.from_pretrained(directory)
@@ -214,7 +214,8 @@ def denormalised(model):
 
 
 def letter_of_pieces_only(model):
-    """SentencePiece joins "e" and "d" to "ed" without knowing a "d"; a merge needs both."""
+    """Return a model in which SentencePiece joins "e" and "d" to "ed" without knowing a "d"; a
+    merge needs both."""
     next(piece for piece in model.pieces if piece.piece == "d").piece = "\u4e00"
 
 

@@ -51,7 +51,7 @@ def loaded(source, made, tensors=None):
 
 
 def spelled(made, key):
-    """A tensor of the vision tokenizer, by any of the names that it is published with."""
+    """Return a tensor of the vision tokenizer, by any of the names that it is published with."""
     side, _, rest = key.partition(".")
     rest = rest.removeprefix("vision_model.")
     names = (key, f"{side}.{rest}", f"{side}.vision_model.{rest}")

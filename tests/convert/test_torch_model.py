@@ -19,7 +19,7 @@ import transformers
 from flax import nnx
 
 from blip3o_jax import blip3o, config
-from blip3o_jax.convert import torch_model
+from blip3o_jax.convert import torch_model, torch_parts
 from blip3o_jax.convert.tables import PUBLISHED_PARTS
 from tests import tiny
 from tests.conftest import relative_error
@@ -37,7 +37,7 @@ N = MODEL.tokenizer.num_tokens
 
 @functools.cache
 def model(cfg=MODEL):
-    """All parameters random: initial ones leave much at zero."""
+    """Return a model with all parameters random: initial ones leave much at zero."""
     torch.manual_seed(0)
     found = torch_model.Blip3o(cfg, {name: torch_model.part(name, cfg) for name in PUBLISHED_PARTS})
     with torch.no_grad():
@@ -195,7 +195,7 @@ def test_connector():
     hidden_BTD = torch.randn(2, N + 1, MODEL.ar.hidden_size)
     keep_B = torch.tensor([True, False])
     plain = model().connector
-    positioned = torch_model.Connector(
+    positioned = torch_parts.Connector(
         dataclasses.replace(MODEL.connector, positions=True),
         MODEL.ar.hidden_size,
         MODEL.dit.caption_channels,
@@ -204,12 +204,12 @@ def test_connector():
     null_BTC = plain(torch.zeros_like(hidden_BTD))
     for connector, shift in (
         (plain, 0),
-        (positioned, torch_model.sinusoids(N + 1, MODEL.ar.hidden_size)),
+        (positioned, torch_parts.sinusoids(N + 1, MODEL.ar.hidden_size)),
     ):
         out_BTC = connector(hidden_BTD, keep_B)
         assert relative_error(out_BTC[0], plain(hidden_BTD + shift)[0]) < 1e-6
         assert relative_error(out_BTC[1], null_BTC[1]) < 1e-6
-    table = torch_model.sinusoids(5, 7).double().numpy()
+    table = torch_parts.sinusoids(5, 7).double().numpy()
     np.testing.assert_allclose(table[3, :3], np.sin(3 / 10000 ** (np.arange(3) / 3)), atol=1e-7)
     np.testing.assert_allclose(
         table[3, 3:], [*np.cos(3 / 10000 ** (np.arange(3) / 3)), 0], atol=1e-7

@@ -62,8 +62,8 @@ ALTERED = {
 
 @pytest.fixture(scope="module", autouse=True)
 def plans_made_once():
-    """Every part that is restored plans the whole state, which for a tiny model is most of the
-    time.
+    """Make plans once: every part that is restored plans the whole state, which for a tiny model is
+    most of the time.
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(checkpoint, "plan_state", functools.cache(checkpoint.plan_state))
@@ -72,13 +72,13 @@ def plans_made_once():
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """(configuration, text tokenizer, weights) of a run, all drawn: nothing is compiled."""
+    """Return (configuration, text tokenizer, weights) of a run, all drawn: nothing is compiled."""
     return drawn(tiny.run_config(tiny.data()), tmp_path_factory.mktemp("text"))
 
 
 def drawn(cfg, directory, deviation=lambda leaf: 0.2):
-    """What `write_weights` takes, its text tokenizer made in `directory`; `deviation` of each
-    leaf's values.
+    """Return what `write_weights` takes, its text tokenizer made in `directory`; `deviation` of
+    each leaf's values.
     """
     cfg, vocabulary = with_vocabulary(cfg, open_mixture(cfg.data), directory)
     abstract = plan_state(cfg, tiny.strategy()).abstract
@@ -99,7 +99,7 @@ def drawn(cfg, directory, deviation=lambda leaf: 0.2):
 
 @pytest.fixture(scope="module")
 def directories(trained, tmp_path_factory):
-    """(PyTorch's files, the checkpoint that was imported from them)."""
+    """Return (PyTorch's files, the checkpoint that was imported from them)."""
     root = tmp_path_factory.mktemp("verify")
     checkpoint.write_weights(root / "run", *trained)
     exporter.export_weights(root / "run", root / "torch")
@@ -114,7 +114,7 @@ def same(directories):
 
 @pytest.fixture(scope="module")
 def altered(directories, tmp_path_factory):
-    """The report where one element of a tensor or two in each part is another."""
+    """Return the report where one element of a tensor or two in each part is another."""
     torch_dir = tmp_path_factory.mktemp("altered") / "torch"
     shutil.copytree(directories[0], torch_dir)
     tensors = load_file(torch_dir / "model.safetensors")

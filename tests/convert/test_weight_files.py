@@ -34,14 +34,14 @@ LIBRARIES = {
 
 
 def name_of(kind, variant):
-    """The name that both libraries save under."""
+    """Return the name that both libraries save under."""
     stem, suffix, index = kind
     pieces = [stem, suffix, "index", "json"] if index else [stem, suffix]
     return ".".join([*pieces[:-1], *([variant] if variant else []), pieces[-1]])
 
 
 def write_all(directory, library, variants=("",)):
-    """Every file that the library may read, each with another value of one tensor: {(kind,
+    """Write every file that the library may read, each with another value of one tensor: {(kind,
     variant): value}."""
     _, make, key = LIBRARIES[library]
     torch.manual_seed(0)

@@ -41,7 +41,7 @@ def png(height, width, value=0, **options):
 
 
 def write(directory, shapes):
-    """Captioned images of these shapes; every third is an edit that shows another."""
+    """Write captioned images of these shapes; every third is an edit that shows another."""
     directory.mkdir()
     lines = []
     for i, (height, width) in enumerate(shapes):

@@ -21,7 +21,7 @@ def encode(image: Image.Image, kind: str = "PNG", **options) -> bytes:
 
 
 def quadrants(height: int = 32, width: int = 48) -> np.ndarray:
-    """Red, green above blue, white."""
+    """Return red, green above blue, white."""
     image = np.zeros((height, width, 3), np.uint8)
     image[: height // 2, : width // 2], image[: height // 2, width // 2 :] = RED, GREEN
     image[height // 2 :, : width // 2], image[height // 2 :, width // 2 :] = BLUE, WHITE
@@ -29,7 +29,7 @@ def quadrants(height: int = 32, width: int = 48) -> np.ndarray:
 
 
 def corners(image: np.ndarray) -> np.ndarray:
-    """Colours well inside the four quadrants."""
+    """Return colours well inside the four quadrants."""
     height, width = image.shape[:2]
     return image[
         [height // 4, height // 4, 3 * height // 4, 3 * height // 4],

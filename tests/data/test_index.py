@@ -37,7 +37,7 @@ def cache(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> pathlib.Pa
 
 
 def picture(value: int, height: int = 20, width: int = 30) -> bytes:
-    """All of one size, whatever they show."""
+    """Return a picture; all have one size."""
     data = png(height, width, value)
     return data + bytes(200 - len(data))
 
@@ -170,7 +170,7 @@ def test_equal_names_sizes_and_times_are_not_the_same_data(tmp_path: pathlib.Pat
 
 
 def replace(path: pathlib.Path, old: bytes, new: bytes) -> None:
-    """In the one file that has it; without another size."""
+    """Replace in the one file that has it; without another size."""
     for file in files(path):
         if old in (data := file.read_bytes()):
             file.write_bytes(data.replace(old, new))
@@ -313,7 +313,7 @@ def test_trouble_of_the_machine_while_indexing_is_not_kept_as_damage(
 
 
 def fails(monkeypatch: pytest.MonkeyPatch, write) -> None:
-    """The disk fails while records are read, as the readers of each format tell it."""
+    """Make the disk fail while records are read, as the readers of each format tell it."""
     from array_record.python import array_record_module
 
     def fail(*args: object, **kwargs: object) -> None:
@@ -385,7 +385,7 @@ def test_a_directory_that_cannot_be_written_to_has_its_index_in_the_users_cache(
 
 @pytest.fixture
 def built(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The shards that were read, in their order."""
+    """Return the shards that were read, in their order."""
     names, build = [], index_builder._build_index
 
     def counted(shard: str, *args):

@@ -16,7 +16,7 @@ from blip3o_jax.data.record import BadRecord, Record, RowTooLong, Source
 
 
 class Numbers(Source):
-    """Records whose caption is their index; those in `bad` cannot be read."""
+    """Provide records whose caption is their index; those in `bad` cannot be read."""
 
     def __init__(self, name: str, size: int, bad: tuple[int, ...] = ()) -> None:
         super().__init__(name, [])
@@ -261,7 +261,7 @@ def test_of_examples_that_do_not_fit_in_one_row_the_longest_gives_way(caplog) ->
 
 
 class Raising(Source):
-    """Records of two shards; whatever `errors` has for an index is raised when it is read."""
+    """Provide records of two shards; reading an index raises what `errors` has for it."""
 
     fingerprint = "raising"
 

@@ -37,7 +37,8 @@ CFG = config.MMDiTConfig(
 
 
 def torch_model(cfg: config.MMDiTConfig) -> diffusers.SD3Transformer2DModel:
-    """float32, every parameter random, so that a forgotten or swapped one shows."""
+    """Return the stock model in float32 with every parameter random, so that a forgotten or swapped
+    one shows."""
     torch.manual_seed(0)
     model = diffusers.SD3Transformer2DModel.from_config(
         conversions.stock_config("dit", stock_weights.whole("dit", cfg))

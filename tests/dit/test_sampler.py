@@ -24,7 +24,8 @@ def pair():
 
 
 def torch_sample(model, condition, uncond, noise, guidance: float, cfg: FlowConfig) -> np.ndarray:
-    """Loop over the stock model and scheduler, both branches in one batch, [null, condition]."""
+    """Sample with the stock model and scheduler, both branches in one batch, [null,
+    condition]."""
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=cfg.shift)
     scheduler.set_timesteps(sigmas=np.linspace(1, 1 / STEPS, STEPS))
     z = torch.tensor(noise).permute(0, 3, 1, 2)

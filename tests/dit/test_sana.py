@@ -48,7 +48,7 @@ def inputs(rng: np.random.Generator, cfg: config.SanaConfig) -> dict[str, np.nda
 
 
 def run_torch(model, x: dict[str, np.ndarray], mask: np.ndarray | None = None):
-    """Output as [B, H, W, C], and the leaves for gradients."""
+    """Return output as [B, H, W, C], and the leaves for gradients."""
     z = torch.tensor(x["z_BHWC"], requires_grad=True)
     condition = torch.tensor(x["condition_BTC"], requires_grad=True)
     out = model(
@@ -69,7 +69,7 @@ def pair(request):
 
 
 def gradients(model: SanaTransformer, x: dict[str, np.ndarray], weights: np.ndarray):
-    """(output, gradients of sum(output * weights) by state, z and condition)."""
+    """Return (output, gradients of sum(output * weights) by state, z and condition)."""
     graphdef, state = nnx.split(model)
 
     # All arrays are arguments: the tests that differ in nothing but values then share one entry of
@@ -164,7 +164,7 @@ def test_remat_changes_no_gradient(rng):
 
 
 def program(cfg: config.SanaConfig) -> str:
-    """The traced forward pass."""
+    """Return the traced forward pass."""
     graphdef, state = nnx.split(nnx.eval_shape(lambda: SanaTransformer(cfg, rngs=nnx.Rngs(0))))
     arguments = (
         jnp.zeros((1, 2, 2, cfg.in_channels)),

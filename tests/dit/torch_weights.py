@@ -10,8 +10,8 @@ OWN_FIELDS = {"dtype", "param_dtype", "remat", "unroll", "lora"}
 
 
 def torch_model(cfg: config.SanaConfig, seed: int = 0) -> diffusers.SanaTransformer2DModel:
-    """float32, every parameter random, biases, norms and tables included, so that a forgotten or
-    swapped one shows.
+    """Return the stock model in float32 with every parameter random, biases, norms and tables
+    included, so that a forgotten or swapped one shows.
     """
     torch.manual_seed(seed)
     model = diffusers.SanaTransformer2DModel(

@@ -1,5 +1,5 @@
 """TA-Tok against transformers' SigLIP classes around a plain torch bottleneck
-(convert/torch_model.py), float32, random weights.
+(convert/torch_parts.py), float32, random weights.
 
 The grid is 7 x 7 (pool scales 2 and 3 drop a row and a column), the decoder's position table 4 x 4:
 pool scale 1 enlarges it, 2 and 3 shrink it. Encoder, code and decoder widths all differ.
@@ -16,7 +16,7 @@ import transformers
 from flax import nnx
 
 from blip3o_jax import config
-from blip3o_jax.convert import torch_model
+from blip3o_jax.convert import torch_parts
 from blip3o_jax.image_tokens import simvq
 from blip3o_jax.image_tokens.ta_tok import TaTok, pool
 from tests import stock_weights
@@ -52,7 +52,7 @@ def build(l2_normalized):
     cfg = dataclasses.replace(
         CFG, l2_normalized=l2_normalized, stochastic_temperature=0.03 if l2_normalized else 3.0
     )
-    oracle = torch_weights.randomise(torch_model.TaTok(cfg))
+    oracle = torch_weights.randomise(torch_parts.TaTok(cfg))
     return oracle, stock_weights.jax_model(oracle, cfg)
 
 
@@ -239,7 +239,7 @@ def test_full_size_parameter_counts():
     cfg = config.TaTokConfig()
     state = nnx.eval_shape(lambda: nnx.state(TaTok(cfg, rngs=nnx.Rngs(0))))
     with torch.device("meta"):
-        decoder = transformers.Siglip2VisionModel(torch_model.ta_tok_decoder_config(cfg))
+        decoder = transformers.Siglip2VisionModel(torch_parts.ta_tok_decoder_config(cfg))
     assert sum(x.size for x in stock_weights.flat(state["decoder"]).values()) == sum(
         p.numel() for p in decoder.parameters()
     )

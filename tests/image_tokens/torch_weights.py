@@ -4,7 +4,7 @@ import torch
 
 
 def randomise(torch_module, seed=0):
-    """Every parameter random, norms and biases too: a mixed-up pair must show."""
+    """Make every parameter random, norms and biases too: a mixed-up pair must show."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in torch_module.named_parameters():

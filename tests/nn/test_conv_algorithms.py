@@ -106,7 +106,8 @@ def test_gradients_of_every_platform(rng, gradients):
 
 
 def convolutions(kernel_shape, settings, platform):
-    """The `dim_labels` of the convolutions of forward and backward, as lowered for `platform`."""
+    """Return the `dim_labels` of the convolutions of forward and backward, as lowered for
+    `platform`."""
     x, kernel = (
         jax.ShapeDtypeStruct((1, 4, 4, 2), jnp.float32),
         jax.ShapeDtypeStruct(kernel_shape, jnp.float32),

@@ -28,8 +28,8 @@ TEXTS = [
 
 
 def write_bpe(directory, added=()):
-    """A byte-level BPE tokenizer.json built as Qwen's is: tags added after the vocabulary, Qwen's
-    splitting into words.
+    """Write a byte-level BPE tokenizer.json built as Qwen's is: tags added after the vocabulary,
+    Qwen's splitting into words.
     """
     bpe = hf.Tokenizer(hf.models.BPE())
     bpe.normalizer = hf.normalizers.NFC()

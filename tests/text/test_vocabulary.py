@@ -19,7 +19,7 @@ IMAGE_TOKENS = ["<im_start>", "<im_end>", "<S0>", "<S1>", "<S2>", "<I0>", "<I1>"
 
 
 class Sized(TextTokenizer):
-    """A tokenizer of Qwen3's sizes that knows no text."""
+    """Imitate a tokenizer of Qwen3's sizes that knows no text."""
 
     def __init__(self, size=151669):
         super().__init__(

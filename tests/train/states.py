@@ -10,12 +10,12 @@ def leaves(tree):
 
 
 def moments(state):
-    """(first, second) moments of Adam."""
+    """Return (first, second) moments of Adam."""
     return (optax.tree.get(state["opt"], name) for name in ("mu", "nu"))
 
 
 def check_close(got, want, tolerance):
-    """Every array, by the norm of the difference over the norm; those that are zero but for
+    """Compare every array, by the norm of the difference over the norm; those that are zero but for
     rounding by absolute size.
     """
     for (path, a), (_, b) in zip(leaves(got), leaves(want), strict=True):

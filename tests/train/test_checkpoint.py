@@ -32,7 +32,7 @@ def abstract():
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
-    """A checkpoint directory with steps 2 and 4, of a state that no model has."""
+    """Return a checkpoint directory with steps 2 and 4, of a state that no model has."""
     root = tmp_path_factory.mktemp("run") / "checkpoints"
     tokenizer = train_sentencepiece(tiny.CAPTIONS, root.parent / "t.model", 320)
     checkpoints = Checkpoints(root, keep=2)
@@ -50,7 +50,7 @@ def root(written, tmp_path):
 
 
 def data_file(step):
-    """The largest of the files that hold a step's arrays."""
+    """Return the largest of the files that hold a step's arrays."""
     return max(
         (path for path in (step / "state").rglob("d/*")), key=lambda path: path.stat().st_size
     )
@@ -299,7 +299,7 @@ def tree(root):
 
 
 def read(root, plan):
-    """All that a checkpoint tells: (step, state, position, configuration, tokenizer)."""
+    """Return all that a checkpoint tells: (step, state, position, configuration, tokenizer)."""
     config = checkpoint.read_config(root)
     tokenizer = load_tokenizer(checkpoint.stored_text(root, config.model.text))
     checkpoints = Checkpoints(root, keep=2)
@@ -308,8 +308,8 @@ def read(root, plan):
 
 
 def check_flip(root, plan, wanted, capsys, file, bit):
-    """One flipped bit: an error of a line that names the file, a step before with such a line, or
-    the same values.
+    """Check one flipped bit: an error of a line that names the file, a step before with such a
+    line, or the same values.
     """
     name = file.relative_to(root)
     flip(file, bit)

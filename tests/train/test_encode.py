@@ -30,7 +30,7 @@ CODES = {"codebook_size": 256}  # the stand-in's are means of pixels
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    """16 records in two shards of two batches."""
+    """Return 16 records in two shards of two batches."""
     monkeypatch.setattr(encode, "BATCH", BATCH)
     for module in (encode, encoded):
         monkeypatch.setattr(module, "RECORDS_PER_SHARD", RECORDS_PER_SHARD)
@@ -43,8 +43,8 @@ def folder(tmp_path):
 
 
 class Encoders:
-    """Codes and latents from which the image can be told; counts its calls and can be killed in
-    one.
+    """Provide codes and latents from which the image can be told; counts its calls and can be
+    killed in one.
     """
 
     def __init__(self, dies_in=None):
@@ -165,7 +165,7 @@ SPOILED = {
 
 
 def flip_text(file, text):
-    """The 8 of the first dimension becomes a 9."""
+    """Turn the 8 of the first dimension into a 9."""
     flip(file, 8 * (file.read_bytes().index(text) + 1))
 
 
@@ -227,7 +227,7 @@ def test_what_is_no_output_of_encoders_is_refused(folder, tmp_path, output, valu
 
 
 def check_flip(cached, want, file, bit):
-    """One flipped bit: an error of a line that names the file, or the same values."""
+    """Check one flipped bit: an error of a line that names the file, or the same values."""
     shard = file.name.removesuffix(".npy").removesuffix(".json")[-5:]
     described = encoded.shard_file(cached.directory, int(shard)) if shard.isdigit() else None
     flip(file, bit)

@@ -54,7 +54,7 @@ AGAIN = "the same command resumes from the last checkpoint in its --workdir"
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A directory with config.py, and `disk`, a file system of its own."""
+    """Return a directory with config.py, and `disk`, a file system of its own."""
     path = tmp_path_factory.mktemp("full_disk")
     images = tiny.write_data(path / "images")
     (path / "config.py").write_text(CONFIG.replace("IMAGES", repr(str(images))))
@@ -67,7 +67,7 @@ def place(tmp_path_factory):
 
 
 def train(place, workdir):
-    """(status, stderr, seconds)"""
+    """Return (status, stderr, seconds)"""
     environment = os.environ | {
         "PYTHONPATH": str(ROOT),
         "XDG_CACHE_HOME": str(place / "cache"),
@@ -91,7 +91,7 @@ def train(place, workdir):
 
 
 def outcome(workdir):
-    """Metrics but for times, and the bytes of all weights."""
+    """Return metrics but for times, and the bytes of all weights."""
     rows = [
         {k: v for k, v in row.items() if not k.startswith("perf/")}
         for row in read_rows(workdir / "metrics.jsonl", "step")
@@ -104,7 +104,7 @@ def outcome(workdir):
 
 @pytest.fixture(scope="module")
 def whole(place):
-    """An undisturbed run, and how long it takes."""
+    """Return an undisturbed run, and how long it takes."""
     train(place, place / "first")  # compiles
     status, err, seconds = train(place, place / "whole")
     assert status == 0, err

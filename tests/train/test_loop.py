@@ -72,7 +72,7 @@ def rows(workdir):
 
 
 def restored(workdir, step=None):
-    """The whole state of a checkpoint, on one device."""
+    """Return the whole state of a checkpoint, on one device."""
     root, latest = checkpoint.find(workdir)
     plan = plan_state(checkpoint.read_config(root), tiny.strategy())
     checkpoints = checkpoint.Checkpoints(root, 100)
@@ -93,7 +93,7 @@ class Stopped(Exception):
 
 
 def stop_after(monkeypatch, step):
-    """The run ends when it writes the row of `step`."""
+    """End the run when it writes the row of `step`."""
     write = MetricLog.write
 
     def writing(self, at, values):
@@ -106,7 +106,7 @@ def stop_after(monkeypatch, step):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """An uninterrupted run."""
+    """Return an uninterrupted run."""
     workdir = tmp_path_factory.mktemp("whole")
     return workdir, supervised.train(joint(), workdir)
 

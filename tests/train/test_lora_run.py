@@ -26,7 +26,7 @@ FACTORS = {"ar": {"lora": {"rank": 2}}, "dit": {"lora": {"rank": 3, "targets": (
 
 
 def weights(state):
-    """{path: array} of all parts."""
+    """Return {path: array} of all parts."""
     return dict(leaves(merge_trees(state["params"], state["frozen"])))
 
 
@@ -36,7 +36,7 @@ def is_factor(path):
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory):
-    """A checkpoint of all parts without factors."""
+    """Return a checkpoint of all parts without factors."""
     workdir = tmp_path_factory.mktemp("start")
     checkpoint.write_weights(workdir / "checkpoints", *drawn(tiny.run_config(tiny.data()), workdir))
     return workdir
@@ -44,7 +44,7 @@ def start(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def settings(start):
-    """Of a run from there that trains factors alone."""
+    """Return the settings of a run from there that trains factors alone."""
     model = checkpoint.read_config(checkpoint.find(start)[0]).model
     cfg = tiny.run_config(
         tiny.data(),
@@ -57,7 +57,7 @@ def settings(start):
 
 @pytest.fixture(scope="module")
 def begun(settings, tmp_path_factory):
-    """The state that it begins with."""
+    """Return the state that it begins with."""
     return begin(settings, tmp_path_factory.mktemp("begun"))
 
 

@@ -25,7 +25,7 @@ def written(directory, *steps, start=0, value=1.0):
 
 
 def events(path):
-    """The events of a file, whose checksums must be right."""
+    """Return the events of a file, whose checksums must be right."""
     data, found = path.read_bytes(), []
     while data:
         size, check = int.from_bytes(data[:8], "little"), int.from_bytes(data[8:12], "little")

@@ -59,8 +59,8 @@ def test_schedule():
 
 
 def _muon_params():
-    """A stack of three layers, and what Muon must leave to AdamW: a table, a head, a stacked norm,
-    a convolution.
+    """Return a stack of three layers, and what Muon must leave to AdamW: a table, a head, a stacked
+    norm, a convolution.
     """
     shapes = {
         "layers": {
@@ -80,7 +80,7 @@ def _muon_params():
 
 
 def _updates(optimizer, params, steps=3):
-    """The updates of the last of `steps` steps; the gradients are the parameters, growing."""
+    """Return the updates of the last of `steps` steps; gradients are the growing parameters."""
     state = optimizer.init(params)
     for step in range(steps):
         grads = jax.tree.map(lambda p, step=step: (step + 1) * p + step, params)
@@ -130,7 +130,7 @@ def optimizer_config(**settings):
 
 
 def not_decayed(params):
-    """As `decayed`, spelled out for `_muon_params`."""
+    """Return the same as `decayed`, spelled out for `_muon_params`."""
     return jax.tree.map(lambda x: True, params) | {
         "layers": {"up": {"kernel": True}, "norm": {"scale": False}, "conv": {"kernel": True}}
     }

@@ -43,7 +43,7 @@ def run_host(arguments: list[str], log: str) -> None:
 
 
 class Killer:
-    """Starts a job again and again, and kills it after a random part of the time it takes
+    """Start a job again and again, and kill it after a random part of the time it takes
     undisturbed.
     """
 

@@ -9,7 +9,7 @@ from blip3o_jax.train.supervised import _PrefetchedBatches
 
 @pytest.fixture
 def store(monkeypatch):
-    """The key-value store of a job of two hosts; host 0 by default."""
+    """Provide the key-value store of a job of two hosts; host 0 by default."""
     found = {}
     monkeypatch.setattr(distributed, "process_count", lambda: 2)
     monkeypatch.setattr(distributed, "process_index", lambda: 0)
@@ -57,7 +57,7 @@ def test_counts_that_stay_are_published_once(store, monkeypatch):
 
 
 class Prefetch:
-    """A DevicePrefetch of two batches, each with one more skipped record."""
+    """Imitate a DevicePrefetch of two batches, each with one more skipped record."""
 
     wait_seconds = 0.0
 

@@ -27,8 +27,8 @@ MESH = tiny.MESHES["fsdp_tp"]
 
 @functools.cache
 def setup(supervise_prompt=False):
-    """(configuration, image_token_offset, batch): the learning rate is at its height from the
-    second step on.
+    """Return (configuration, image_token_offset, batch): the learning rate is at its height from
+    the second step on.
     """
     cfg, image_token_offset, batch = tiny.prepared("joint", supervise_prompt)
     optimizer = dataclasses.replace(cfg.optimizer, ema_decay=DECAY, warmup_fraction=0.1)
@@ -41,7 +41,7 @@ def setup(supervise_prompt=False):
 
 @functools.cache
 def initial():
-    """The initial state on one device, as numpy arrays."""
+    """Return the initial state on one device, as numpy arrays."""
     cfg, _, _ = setup()
     return jax.device_get(create_state(cfg, plan_state(cfg, tiny.strategy())))
 
@@ -57,7 +57,7 @@ def compiled(accumulate=1):
 
 
 def run(batches, accumulate=1):
-    """(states after each step, metrics of each step) from the initial state."""
+    """Return (states after each step, metrics of each step) from the initial state."""
     step, plan = compiled(accumulate)
     state = jax.device_put(initial(), plan.shardings)
     states, metrics = [], []

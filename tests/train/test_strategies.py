@@ -36,8 +36,8 @@ DEFAULT = {
 
 @functools.cache
 def setup(case):
-    """(configuration, image_token_offset, batch): the learning rate is at its height from the
-    second step on.
+    """Return (configuration, image_token_offset, batch): the learning rate is at its height from
+    the second step on.
     """
     cfg, image_token_offset, batch = tiny.prepared("joint" if case == "cached" else case)
     optimizer = dataclasses.replace(cfg.optimizer, ema_decay=0.75, warmup_fraction=0.1)
@@ -47,14 +47,14 @@ def setup(case):
 
 @functools.cache
 def initial(stage):
-    """The initial state on one device, as numpy arrays."""
+    """Return the initial state on one device, as numpy arrays."""
     cfg, _, _ = setup(stage)
     return jax.device_get(create_state(cfg, plan_state(cfg, tiny.strategy())))
 
 
 @functools.cache
 def two_steps(case, name):
-    """(state after two steps as it lies on the devices, metrics of each step, plan) from the
+    """Return (state after two steps as it lies on the devices, metrics of each step, plan) from the
     initial state of one device.
     """
     cfg, image_token_offset, batch = setup(case)
@@ -72,9 +72,9 @@ def two_steps(case, name):
 
 
 def seen(tree):
-    """{path: array}, but for the biases of attention's keys: they add the same to all scores of a
-    query, so that their gradient is zero, and what rounding leaves of it Adam turns into a step of
-    full length.
+    """Return {path: array}, but for the biases of attention's keys: they add the same to all scores
+    of a query, so that their gradient is zero, and what rounding leaves of it Adam turns into a
+    step of full length.
     """
     return {path: x for path, x in leaves(tree) if "['key']['bias']" not in path}
 

@@ -19,7 +19,7 @@ def left(directory):
 
 
 def write(directory, **changes):
-    """A lock of this process, but for `changes`."""
+    """Write a lock of this process, but for `changes`."""
     owner = vars(Owner.this_process("theirs")) | changes
     del owner["seen"]
     (directory / LOCK).write_text(json.dumps(owner))
@@ -28,7 +28,7 @@ def write(directory, **changes):
 
 @pytest.fixture
 def bound(monkeypatch):
-    """The clock here is an hour ahead of the file server's."""
+    """Set the clock here an hour ahead of the file server's."""
     clocks = types.SimpleNamespace(
         time=lambda: time.time() + 3600, monotonic=time.monotonic, sleep=time.sleep
     )

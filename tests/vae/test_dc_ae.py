@@ -55,7 +55,7 @@ HEIGHT, WIDTH = 16, 32
 
 @pytest.fixture(scope="module", params=CONFIGS)
 def pair(request):
-    """(configuration, torch model, model here) with the same random weights."""
+    """Return (configuration, torch model, model here) with the same random weights."""
     cfg = CONFIGS[request.param]
     theirs = torch_weights.torch_model(cfg)
     return cfg, theirs, stock_weights.jax_model(theirs, cfg)

@@ -20,8 +20,8 @@ def torch_class(cfg: config.DcAeConfig) -> diffusers.AutoencoderDC:
 
 
 def torch_model(cfg: config.DcAeConfig, seed: int = 0) -> diffusers.AutoencoderDC:
-    """float32, every parameter random, biases and norms included, so that a forgotten or swapped
-    one shows.
+    """Return the stock model in float32 with every parameter random, biases and norms included, so
+    that a forgotten or swapped one shows.
     """
     torch.manual_seed(seed)
     model = torch_class(cfg)

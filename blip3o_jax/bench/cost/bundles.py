@@ -51,6 +51,7 @@ def _ends(path: pathlib.Path) -> tuple[str, str]:
 def _turn(head: str, tail: str) -> int:
     """Return the number of bundles from the loop's first to the program's last. Bundles before the
     loop run once, and those after it are few."""
+    # "LB" marks the first bundle of a loop's body.
     body = re.search(r"^ *(0x[0-9a-f]+|0) +LB", head, flags=re.M)
     addresses = re.findall(r"^ *(0x[0-9a-f]+) ", tail, flags=re.M)
     return int(addresses[-1], 16) - int(body[1], 16) + 1 if body and addresses else 0

@@ -225,6 +225,7 @@ def _shape(text: str, at: int) -> tuple[Shapes, int]:
         at = layout.end()
         found = re.search(r"S\((\d+)\)", layout[0])
         space = int(found[1]) if found else 0
+    # "<=" marks a bounded dynamic dimension.
     dims = tuple(int(d.strip().removeprefix("<=")) for d in array[2].split(",") if d.strip())
     return Shape(array[1], dims, space), at
 
@@ -307,6 +308,7 @@ def trip_count(program: Program, computation: Computation, loop: Op) -> int | No
         "GE": start - bound + 1,
     }
     stride = _stride(program, program.computations[loop.called("body")[0]], counter)
+    # Rounded up: the last iteration may step beyond the bound.
     return max(0, -(-way[direction] // stride)) if direction in way else None
 
 

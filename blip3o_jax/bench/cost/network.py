@@ -27,12 +27,12 @@ GPUS_A_NODE = 8
 
 
 @dataclasses.dataclass(frozen=True)
-class Line:
+class TorusLine:
     """Describe the devices of a group along one axis of the torus."""
 
     length: int
     ring: bool
-    share: float  # of the axis's links that is the group's own
+    link_fraction: float  # of the axis's links that belongs to the group
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -78,7 +78,9 @@ class Network:
         group = list(group)
         if len(group) < 2:
             return 0.0
+        # A reduce-scatter and an all-gather.
         times = 2 if kind == "all-reduce" else 1
+        # Hierarchical: first within a slice, where it has a part of the array, then between slices.
         parts, total = sorted(set(self.slices[group].tolist())), 0.0
         if len(parts) > 1:
             inside = [i for i in group if self.slices[i] == parts[0]]
@@ -89,14 +91,18 @@ class Network:
         if not self.chip.axes:
             return total + times * size * (1 - 1 / len(group)) / self.chip.link_rate
         lines = self._lines(group)
+        # Half way round a ring, from end to end of a line.
         latency = sum(line.length / 2 if line.ring else line.length - 1 for line in lines) * HOP_S
         if kind.endswith("all-to-all"):
             slowest = max(
-                (line.length / (8 if line.ring else 4) / line.share for line in lines), default=0.0
+                (line.length / (8 if line.ring else 4) / line.link_fraction for line in lines),
+                default=0.0,
             )
             return total + size * slowest / self.chip.link_rate + latency
         rate = (
-            sum(self.chip.link_rate * (2 if line.ring else 1) * line.share for line in lines)
+            sum(
+                self.chip.link_rate * (2 if line.ring else 1) * line.link_fraction for line in lines
+            )
             or self.chip.link_rate
         )
         return total + times * (size * (1 - 1 / len(group)) / rate + latency)
@@ -146,7 +152,7 @@ class Network:
             total += min(distance, size - distance) if self.chip.wraps(size) else distance
         return total
 
-    def _lines(self, group: list[int]) -> list[Line]:
+    def _lines(self, group: list[int]) -> list[TorusLine]:
         coords, cores = self.coords[group], self.cores[group]
         # Groups on one device of each chip share the chip's links with those on the other.
         own = len(set(cores.tolist())) / self.chip.devices
@@ -159,8 +165,10 @@ class Network:
             around = len(steps) == 1 and len(at) * min(steps) == size
             ring = around and self.chip.wraps(size)
             span = size if around else at[-1] - at[0] + 1
-            lines.append(Line(len(at), ring, own * len(at) / span))
+            lines.append(TorusLine(len(at), ring, own * len(at) / span))
         # What is no box takes less of it than the box has: the links carry others' data too.
         chips = len({tuple(c) for c in coords.tolist()})
         filled = chips / max(1, int(np.prod([line.length for line in lines])))
-        return [dataclasses.replace(line, share=line.share * filled) for line in lines]
+        return [
+            dataclasses.replace(line, link_fraction=line.link_fraction * filled) for line in lines
+        ]

@@ -301,6 +301,7 @@ class _Schedule:
         size = operation_bytes(self.walk.program, self.of, op)
         flops = self.walk.flops(self.of, op)
         known = bool(flops) or op.opcode in MEMORY or op.opcode == "fusion"
+        # The compiler's schedule, where it was dumped, is nearer to the truth than its estimate.
         cycles = (self.walk.schedules.cycles(op) or op.estimated_cycles) if flops else 0
         if op.opcode == "custom-call":
             kernel = kernel_work(self.of, op, chip)
@@ -380,6 +381,7 @@ class _Schedule:
         flops = self.walk.flops(self.of, op)
         for name, value in flops.items():
             self.cost.flops[name] += value
+        # A network carries one collective at a time, in the order of their starts.
         begin = max(self.now, self.free[key[2]])
         self.free[key[2]] = begin + seconds
         self.pending[chain or op.name] = key[2], begin + seconds, traffic
@@ -411,6 +413,7 @@ class _Schedule:
             crossing = "DCN" if network.crosses_pairs(pairs) else "ICI"
             return (kind, axes, crossing), operands, network.permute_seconds(operands, pairs)
         groups = hlo.replica_groups(inner.replica_groups, network.devices)
+        # Of a gather the operand is one device's part, and the size that of the whole array.
         size = operands * len(groups[0]) if kind == "all-gather" else operands
         crossing = "DCN" if network.crosses(groups[0]) else "ICI"
         return (
@@ -434,6 +437,7 @@ class _Schedule:
 
     def _done(self, op: Op) -> None:
         name = op.operands[0]
+        # A done may refer to its start through tuples and their elements.
         while (
             name not in self.pending and name in self.of.by_name and self.of.by_name[name].operands
         ):

@@ -272,6 +272,7 @@ class _Bench:
                 _log(f"{item}  {side}  does not compile: {failed[side]}")
                 worker.request("abandon")
             else:
+                # Such as the tokens that one side has sampled, which the others then process too.
                 inputs = inputs | started[side]["shared"]
         return started, failed
 
@@ -279,6 +280,8 @@ class _Bench:
         seconds: dict[str, list[float]] = {side: [] for side in started}
         order = list(started)
         for number in range(self.options.rounds):
+            # Reversed in every second round: a drift of the machine's speed affects all sides
+            # alike.
             for side in order if number % 2 == 0 else reversed(order):
                 last = min(seconds[side], default=started[side]["warm_s"])
                 times = min(MAX_REPEATS, max(1, round(MIN_TURN_SECONDS / max(last, 1e-9))))

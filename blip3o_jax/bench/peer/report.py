@@ -120,7 +120,7 @@ def print_report(report: dict[str, Any]) -> None:
     """Print the table and its conditions on standard output."""
     console = Console()
     console.width = max(console.width, WIDTH)
-    table = Table(title=f"JAX beside PyTorch, {report['options']['device']}", title_justify="left")
+    table = Table(title=f"JAX and PyTorch, {report['options']['device']}", title_justify="left")
     for column in COLUMNS:
         table.add_column(column, justify="left" if column in ("item", "faster") else "right")
     for item in report["items"]:
@@ -135,7 +135,7 @@ def markdown(report: dict[str, Any]) -> str:
     rows = [COLUMNS, ["---"] * len(COLUMNS), *(_cells(item) for item in report["items"])]
     table = "\n".join("| " + " | ".join(cells) + " |" for cells in rows)
     conditions = "\n".join(f"- {line}" for line in _conditions(report))
-    title = f"# JAX beside PyTorch, {report['options']['device']}"
+    title = f"# JAX and PyTorch, {report['options']['device']}"
     return f"{title}\n\n```\n{report['command']}\n```\n\n{table}\n\n{conditions}\n"
 
 

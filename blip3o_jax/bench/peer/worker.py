@@ -137,6 +137,7 @@ def _error_reply(error: Exception) -> tuple[str, str]:
 def _set_environment_of(task: Task) -> None:
     """Set the cores and devices of this process before any library reads them."""
     if hasattr(os, "sched_setaffinity"):
+        # Pinned: XLA and PyTorch size their thread pools by the cores they may run on.
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: task.threads])
     os.environ["OMP_NUM_THREADS"] = str(task.threads)
     os.environ["JAX_PLATFORMS"] = "cpu" if task.device == "cpu" or task.side != "jax" else "cuda"

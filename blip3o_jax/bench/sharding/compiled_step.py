@@ -99,6 +99,7 @@ def compile_step(task: Task, schedules: pathlib.Path | None = None) -> Row:
             | _parse_too_large(str(error))
         )
     row["memory"] |= _memory(program.memory_analysis(), work.within)
+    # The optimized program after scheduling: its order is that of execution.
     text = program.as_text()
     if task.hlo:
         task.hlo.write_text(text, encoding="utf-8")
@@ -152,6 +153,7 @@ def plan_work(task: Task) -> Any:
             )
         except ConfigError as error:
             first = first or error
+            # Twice as many replicas, of half as many shards each.
             mesh = dataclasses.replace(mesh, data=2 * mesh.data)
             if not task.replicas or len(devices) % mesh.data:
                 raise first from None

@@ -122,7 +122,7 @@ def prepare(
         check(value > 0, f"{name}={value} must be positive")
     check(
         image_size >= 32,
-        f"image_size={image_size} must be 32 or more: smaller scenes cannot be told apart",
+        f"image_size={image_size} must be 32 or more: smaller scenes cannot be distinguished",
     )
     name = f"{image_size}px_{num_train}_{num_validation}_{num_test}_seed{seed}"
     config = ShapesConfig(

@@ -31,7 +31,7 @@ PAPER_CHROMA = 22.0
 FOREGROUND = 26.0  # CIELAB distance from the paper
 MIN_AREA = 0.006  # of the image; a small star covers 0.028
 COLOUR_DISTANCE = 32.0  # CIELAB; two palette colours are at least 42 apart
-COLOUR_AGREEMENT = 0.75  # share of a blob's core nearest to the blob's colour
+COLOUR_AGREEMENT = 0.75  # fraction of a blob's core nearest to the blob's colour
 # Intersection over union with the drawn shape. Compact shapes overlap with anything compact (a
 # diamond with the circle by 0.83), so they must overlap more; the corners of the others are the
 # first thing that a soft image loses.
@@ -60,7 +60,7 @@ class Detection:
 @dataclasses.dataclass(frozen=True)
 class _Blob:
     colour: str | None
-    alpha: np.ndarray  # float32 [H, W]: share of each pixel that the blob covers
+    alpha: np.ndarray  # float32 [H, W]: fraction of each pixel that the blob covers
     box: tuple[int, int, int, int]  # x, y, width, height in pixels
 
 
@@ -242,6 +242,6 @@ def _average(
     for (start, end, cells), size in ((y, alpha_HW.shape[0]), (x, alpha_HW.shape[1])):
         edges = np.linspace(start, end, cells + 1)
         pixels = np.arange(size)[:, None]
-        share = np.clip(np.minimum(pixels + 1, edges[1:]) - np.maximum(pixels, edges[:-1]), 0, 1)
-        weights.append(share / share.sum(axis=0))
+        overlap = np.clip(np.minimum(pixels + 1, edges[1:]) - np.maximum(pixels, edges[:-1]), 0, 1)
+        weights.append(overlap / overlap.sum(axis=0))
     return weights[0].T @ alpha_HW @ weights[1]

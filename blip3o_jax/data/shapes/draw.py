@@ -129,10 +129,10 @@ def _background(background: Background, image_size: int) -> np.ndarray:
     dx, dy = background.direction
     along = middle[None, :] * dx + middle[:, None] * dy
     if background.kind == "gradient":
-        share = (along - along.min()) / np.ptp(along)
+        weight = (along - along.min()) / np.ptp(along)
     elif background.kind == "stripes":
-        share = 0.5 + 0.5 * np.sign(np.sin(along * (2 * math.pi / background.period)))
+        weight = 0.5 + 0.5 * np.sign(np.sin(along * (2 * math.pi / background.period)))
     else:
         wave = np.cos(middle * (2 * math.pi / background.period))
-        share = np.clip((wave[None, :] + wave[:, None] - 0.8) * 2, 0, 1)
-    return paper + share[..., None] * (second - paper)
+        weight = np.clip((wave[None, :] + wave[:, None] - 0.8) * 2, 0, 1)
+    return paper + weight[..., None] * (second - paper)

@@ -95,7 +95,7 @@ def _stays(size: int, metadata: Metadata) -> np.ndarray:
 def _problem(output_HWC: np.ndarray, metadata: Metadata) -> str | None:
     found = detect(output_HWC)
     if not found.has_paper:
-        return "no light background to tell objects from"
+        return "no light background to separate objects from"
     if metadata["word"]:
         read = found.word.text if found.word else ""
         return (

@@ -8,15 +8,16 @@ _COLUMNS, _ROWS = ("left", "centre", "right"), ("top", "centre", "bottom")
 def name(x: float, y: float) -> str:
     """Return the name of the third of the image, along each axis, that contains the point; `x` and
     `y` are fractions of the side."""
-    column, row = (names[min(int(share * 3), 2)] for names, share in ((_COLUMNS, x), (_ROWS, y)))
+    column, row = (names[min(int(side * 3), 2)] for names, side in ((_COLUMNS, x), (_ROWS, y)))
     if "centre" in (column, row):
         return column if row == "centre" else row
     return f"{row} {column}"
 
 
 def named(size: str) -> dict[str, tuple[float, float]]:
-    """Place -> centre, of all that an object of this size can have; a large one stands between the
-    middles of the thirds.
+    """Return {place: centre} of the places that an object of this size can have.
+
+    A large one is between the middles of the thirds.
     """
     spots = SPOTS[size]
     return {_name_of(size, x, y): (x, y) for y in spots for x in spots}

@@ -189,7 +189,7 @@ def _things(rng: random.Random, asked: Fact) -> tuple[Thing, ...]:
                 (shape, rng.choice(colours), size)
                 for shape, size in zip(shapes, _sizes(rng), strict=True)
             ]
-            return _place_beside(rng, args[1], looks)
+            return _place_pair(rng, args[1], looks)
         case "text":
             return ()
     raise ValueError(f"unknown kind of fact: {asked}")
@@ -225,7 +225,7 @@ def _as_read(things: tuple[Thing, ...]) -> tuple[Thing, ...]:
     return tuple(sorted(things, key=lambda t: (int(t.box[1] * CELLS), t.box[0])))
 
 
-def _place_beside(
+def _place_pair(
     rng: random.Random, relation: str, looks: list[tuple[str, str, str]]
 ) -> tuple[Thing, ...]:
     """Place two objects, the first left of (or above) the second, nearly in one row (or column)."""

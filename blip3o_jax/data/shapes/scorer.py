@@ -51,7 +51,7 @@ def score_detection(found: Detection, metadata: Metadata) -> ScoreResult:
     """Score detected objects and the detected word against a prompt's metadata."""
     detected = tuple(_as_dict(thing) for thing in found.things)
     if not found.has_paper:
-        return ScoreResult(False, 0.0, "no light background to tell objects from", detected)
+        return ScoreResult(False, 0.0, "no light background to separate objects from", detected)
     if metadata["word"]:
         problem, met = _wrong_word(found, metadata), _letters_met(found, metadata)
     else:

@@ -35,8 +35,8 @@ COLOURS = {
     "purple": (158, 44, 176),
     "black": INK,
 }
-# Width of an object as a share of the image's, lowest and highest; an object between the two ranges
-# is neither.
+# Width of an object as a fraction of the image's, lowest and highest; an object between the two
+# ranges is neither.
 SIZES = {"small": (0.26, 0.27), "large": (0.52, 0.53)}
 COUNTS = (2, 3, 4)
 NUMERALS = {1: "one", 2: "two", 3: "three", 4: "four"}

@@ -22,8 +22,8 @@ from blip3o_jax.data.index import Counts, IndexedSource, ShardIndex, concatenate
 from blip3o_jax.data.index_builder import (
     THREADS,
     IndexData,
+    IndexProgress,
     ProcessGroup,
-    Progress,
     ShardFormat,
     open_index,
 )
@@ -201,7 +201,7 @@ def _listed_images(line: bytes) -> list[str]:
     return [path for path in (name, *inputs) if isinstance(path, str) and path]
 
 
-def _index_folder(images: _ImageFiles, path: str, progress: Progress) -> IndexData:
+def _index_folder(images: _ImageFiles, path: str, progress: IndexProgress) -> IndexData:
     lines = []
     names: dict[str, int] = {}
     row_sizes = []
@@ -222,6 +222,7 @@ def _index_folder(images: _ImageFiles, path: str, progress: Progress) -> IndexDa
                 continue
             progress.add(len(data))
             sizes[name] = len(data)
+            # The running checksum of a record: its line, then its images in their order.
             value = crc32c([data], value)
         size = -1 if -1 in sizes.values() else len(line) + sum(sizes.values())
         return value, size, sizes
@@ -237,6 +238,7 @@ def _index_folder(images: _ImageFiles, path: str, progress: Progress) -> IndexDa
                 names |= sizes
                 if size < 0:
                     incomplete.add("unreadable", f"line {number} first in {path}")
+    # Names from JSON may hold lone surrogates, which must survive the round trip.
     raw = [name.encode("utf-8", "surrogatepass") for name in names]
     arrays: dict[str, np.ndarray] = {
         "crc": np.array(sums, np.uint32),

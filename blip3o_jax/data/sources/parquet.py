@@ -15,8 +15,8 @@ from blip3o_jax.data.checked_file import DamagedArrays
 from blip3o_jax.data.index import Counts, IndexedSource, ShardIndex, concatenate_keys, printable
 from blip3o_jax.data.index_builder import (
     IndexData,
+    IndexProgress,
     ProcessGroup,
-    Progress,
     ShardFormat,
     open_index,
     same_state,
@@ -56,6 +56,7 @@ class ParquetSource(IndexedSource):
             self._groups += [(number, group) for group in range(len(extra["groups"]))]
             rows += extra["groups"]
         self._ends = np.cumsum(rows).tolist()
+        # Creates the lock and the cache, which do not pickle.
         self.__setstate__(self.__dict__)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -87,6 +88,7 @@ class ParquetSource(IndexedSource):
         columns = [*fields, key] if key else fields
         try:
             with pyarrow.parquet.ParquetFile(self.files[file]) as parquet:
+                # One thread: the loader's workers are the parallelism.
                 return parquet.read_row_group(row_group, columns=columns, use_threads=False)
         except (pyarrow.ArrowException, OSError, ValueError) as error:
             raise_trouble(error)  # temporary ones must not be cached
@@ -121,7 +123,7 @@ class ParquetSource(IndexedSource):
         )
 
 
-def _index_parquet(path: str, progress: Progress) -> IndexData:
+def _index_parquet(path: str, progress: IndexProgress) -> IndexData:
     """Return the index of a file: of each row the canonical bytes of the columns that a record is
     made of.
     """

@@ -26,6 +26,7 @@ def expand_pattern(path: str) -> list[str]:
             "".join(itertools.chain(*zip(parts[::3], (*numbers, ""), strict=True)))
             for numbers in itertools.product(*spans)
         ]
+    # A path that exists is itself, even with brackets in its name.
     elif glob.has_magic(path) and not os.path.exists(path):
         files = sorted(glob.glob(path)) or [path]
     else:

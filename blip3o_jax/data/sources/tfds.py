@@ -13,7 +13,13 @@ from blip3o_jax.config import UserError
 from blip3o_jax.config.errors import first_line
 from blip3o_jax.data import tfds_checks
 from blip3o_jax.data.index import Counts, IndexedSource, concatenate_keys
-from blip3o_jax.data.index_builder import IndexData, ProcessGroup, Progress, ShardFormat, open_index
+from blip3o_jax.data.index_builder import (
+    IndexData,
+    IndexProgress,
+    ProcessGroup,
+    ShardFormat,
+    open_index,
+)
 from blip3o_jax.data.record import INPUT_FIELDS, BadRecord, Record, make_record, parse_text_fields
 from blip3o_jax.data.sources.columns import input_images, known_fields
 from blip3o_jax.data.sources.shards import check_shards
@@ -147,7 +153,7 @@ def _unreadable(shard: str, index: int, error: Exception) -> BadRecord:
     return BadRecord(shard, str(index), f"the record cannot be read: {first_line(error)}")
 
 
-def _index_array_record(path: str, progress: Progress) -> IndexData:
+def _index_array_record(path: str, progress: IndexProgress) -> IndexData:
     """Return the index of an ArrayRecord file: of each record its bytes as they are stored."""
     reader = _array_reader(path)
     count = reader.num_records()

@@ -19,8 +19,8 @@ from blip3o_jax.data.checked_file import DamagedArrays
 from blip3o_jax.data.index import Counts, IndexedSource, ShardIndex, concatenate_keys, printable
 from blip3o_jax.data.index_builder import (
     IndexData,
+    IndexProgress,
     ProcessGroup,
-    Progress,
     ShardFormat,
     open_index,
     same_state,
@@ -45,7 +45,7 @@ READ_AT_ONCE = 8 * 2**20  # bytes
 UNUSED = {
     "unknown_suffix": "of unknown suffix",
     "no_key": "whose names have no key before a dot",
-    "json_beside_txt": ".json beside a .txt",
+    "json_with_txt": ".json next to a .txt",
     "second_image": "second images of a key",
     "link": "hard or symbolic links to no member of the shard",
     "sparse": "sparse",
@@ -111,7 +111,7 @@ class _Shard:
     members that are not used.
     """
 
-    def __init__(self, path: str, progress: Progress) -> None:
+    def __init__(self, path: str, progress: IndexProgress) -> None:
         self.path = path
         self.unused = Counts()
         self.records: dict[bytes, dict[str, Span]] = {}
@@ -151,7 +151,7 @@ class _Shard:
             name = printable(_raw(member.name))
             raise UserError(
                 f"{self.path}: two members are called {name}: which picture belongs to which "
-                "caption cannot be told; write the exports to a shard each, or number them on"
+                "caption is ambiguous; write the exports to a shard each, or number them on"
             )
         record[suffix.lower()] = span
         return None
@@ -210,7 +210,7 @@ class _Shard:
                 continue
             if spans[TEXT] != NOTHING and spans[JSON] != NOTHING:
                 spans[JSON] = NOTHING
-                self._skip("json_beside_txt", f"{name}.json")
+                self._skip("json_with_txt", f"{name}.json")
             yield key, spans
 
 
@@ -223,7 +223,7 @@ def _plain(name: str) -> str:
     return posixpath.normpath(name)
 
 
-def _index_tar(path: str, progress: Progress) -> IndexData:
+def _index_tar(path: str, progress: IndexProgress) -> IndexData:
     """Return the index of a shard, reading every record's bytes once."""
     shard = _Shard(path, progress)
     incomplete = Counts()
@@ -236,6 +236,7 @@ def _index_tar(path: str, progress: Progress) -> IndexData:
         if reason := _lacks(spans):
             broken += reason != "empty_image"
             incomplete.add(reason, f"{printable(key)} first in {path}")
+    # Records have different numbers of input images; the arrays have the widest.
     width = max([INPUTS, *map(len, rows)])
     even = [[*row, *[NOTHING] * (width - len(row))] for row in rows]
     spans_NM2 = np.array(even, np.int64).reshape(len(rows), width, 2)
@@ -259,7 +260,7 @@ def _lacks(spans: list[Span]) -> str:
     return "empty_image" if any(size == 0 for _, size in spans[IMAGE:]) else ""
 
 
-def _pieces(file: int, spans: list[Span], progress: Progress) -> Iterator[bytes]:
+def _pieces(file: int, spans: list[Span], progress: IndexProgress) -> Iterator[bytes]:
     for offset, size in spans:
         for start in range(offset, offset + max(size, 0), READ_AT_ONCE):
             data = os.pread(file, min(READ_AT_ONCE, offset + size - start), start)
@@ -267,7 +268,9 @@ def _pieces(file: int, spans: list[Span], progress: Progress) -> Iterator[bytes]
             yield data
 
 
-def _tar_members(shard: str, progress: Progress) -> tuple[list[tarfile.TarInfo], int | None, int]:
+def _tar_members(
+    shard: str, progress: IndexProgress
+) -> tuple[list[tarfile.TarInfo], int | None, int]:
     """Return the complete members; the byte from which the file is cut off or damaged (None: it is
     sound); and the end of the headers.
 

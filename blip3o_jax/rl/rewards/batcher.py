@@ -22,7 +22,7 @@ from blip3o_jax.rl.rewards.scorer import ImageScore
 from blip3o_jax.rl.rewards.scorers import Scorers
 from blip3o_jax.serving import Refused
 
-LOOKED_AT = 1024  # images that are compared with the first, to find others of its size
+LOOKED_AT = 1024  # images that are searched for others of the first one's size
 
 
 @dataclasses.dataclass(eq=False)
@@ -75,13 +75,15 @@ class Batcher:
         self._small_seconds = 0.0  # that large requests have to wait for small ones
 
     def waiting(self) -> int:
-        """Return the number of requests of which no image, or not every one, is being scored."""
+        """Return the number of requests with images that are not being scored yet."""
         return len(self._small) + len(self._large)
 
     async def score(self, job: Job) -> Scores:
-        """Return the scores of a request, which is forgotten when the caller is cancelled. Raises
-        Refused: as the first of its images that has no score; 503 where scorers do not start,
-        504 where one took too long."""
+        """Return the scores of a request, which is dropped when the caller is cancelled.
+
+        Raises Refused: with the status of the first image that has no score, 503 if no scorer
+        starts, 504 if one took too long.
+        """
         (self._large if job.pixels > self._pixels else self._small).append(job)
         self._hand_out()
         try:
@@ -112,9 +114,11 @@ class Batcher:
         return _ScoringBatch(self._taken(self._large), large=True) if large else None
 
     def _taken(self, lane: list[Job]) -> list[tuple[Job, int]]:
-        """Take images of one size from the first requests of a lane. Requests of which none is left
-        leave it; the first one goes behind the others, so that one of many images does not hold up
-        the rest."""
+        """Take images of one size from the first requests of a lane.
+
+        Requests without further images leave the lane. The first request moves to the end, so that
+        one of many images does not delay the others.
+        """
         first = lane[0]
         size = _size(first.images[first.waiting[0]])
         jobs = [first] if first.alone else [job for job in lane if not job.alone]
@@ -173,6 +177,7 @@ class Batcher:
             self._record(batch, scores)
         finally:
             taken = time.monotonic() - began
+            # What a large call took is what small ones may take before the next large one.
             self._small_seconds = taken if batch.large else self._small_seconds - taken
 
     def _record(self, batch: _ScoringBatch, scores: Sequence[ImageScore]) -> None:
@@ -189,8 +194,11 @@ class Batcher:
                 _settle(job)
 
     def _split(self, batch: _ScoringBatch, items: Sequence[tuple[Job, int]]) -> bool:
-        """Have each request scored again on its own where several were together, since one may have
-        spoiled it for all."""
+        """Queue each request of a batch to be scored alone, since one may have failed all.
+
+        Returns False if the batch holds a single request.
+        """
+        # Only one request: no other can have caused the failure.
         if len(_jobs(batch.items)) == 1:
             return False
         lane = self._large if batch.large else self._small

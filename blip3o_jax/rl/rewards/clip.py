@@ -24,7 +24,7 @@ from blip3o_jax.config.errors import first_line
 from blip3o_jax.rl.rewards.options import number
 from blip3o_jax.rl.rewards.reward import Reward, Scores
 
-# embeddings of prompts that are not computed again: all images of a group have the same one
+# Size of the cache of prompts' embeddings: all images of a group have the same prompt.
 TEXTS_KEPT = 4096
 
 
@@ -99,8 +99,8 @@ class TransformersEncoder:
 
         transformers.utils.logging.disable_progress_bar()
         try:
-            # Without the second, transformers asks on the terminal whether to run code of the
-            # directory.
+            # Without trust_remote_code=False, transformers asks on the terminal whether to run
+            # code from the directory.
             local = {"local_files_only": True, "trust_remote_code": False}
             self._model = transformers.AutoModel.from_pretrained(path, **local).eval()
             self._tokenizer = transformers.AutoTokenizer.from_pretrained(path, **local)
@@ -114,7 +114,7 @@ class TransformersEncoder:
             )
         text = self._model.config.text_config
         self._length = text.max_position_embeddings
-        # SigLIP was trained on padded texts and sees the padding; CLIP does not see it.
+        # SigLIP was trained on padded texts and attends to the padding; CLIP masks it.
         self._padding = (
             "max_length" if self._model.config.model_type.startswith("siglip") else False
         )

@@ -79,7 +79,7 @@ def apply_rules(
     objects of one class."""
     taken: list[Sequence[Found]] = []
     met: list[bool] = []
-    shares: list[float] = []
+    fractions: list[float] = []
     there: list[float] = []
     reasons: list[str] = []
     for asked in metadata.get("include", ()):
@@ -92,8 +92,8 @@ def apply_rules(
         )
         if "color" in asked:
             colours = list(colours_of(found)) if found else []
-            shares.append(colours.count(asked["color"]) / asked["count"])
-            if shares[-1] < 1:
+            fractions.append(colours.count(asked["color"]) / asked["count"])
+            if fractions[-1] < 1:
                 wrong.append(
                     f"asked {asked['color']} {asked['class']}, found "
                     f"{', '.join(map(str, colours)) or 'none'}"
@@ -101,8 +101,8 @@ def apply_rules(
         if "position" in asked:
             relation, target = asked["position"]
             complete = there[-1] == there[target] == 1
-            shares.append(_standing(found, relation, taken[target]) if complete else 0.0)
-            if shares[-1] < 1 or not met[target]:
+            fractions.append(_standing(found, relation, taken[target]) if complete else 0.0)
+            if fractions[-1] < 1 or not met[target]:
                 wrong.append(
                     f"{asked['class']} is not {relation} the {metadata['include'][target]['class']}"
                 )
@@ -111,12 +111,14 @@ def apply_rules(
         reasons += wrong
     for refused in metadata.get("exclude", ()):
         count, limit = len(objects.get(refused["class"], ())), refused["count"]
-        shares.append(
+        fractions.append(
             float(np.mean(there or [1])) * max(0.0, 1 - max(0, count - limit + 1) / limit)
         )
         if count >= limit:
             reasons.append(f"asked fewer than {limit} {refused['class']}, found {count}")
-    return RuleResult(not reasons, float(np.mean(there + shares)), "; ".join(reasons) or "as asked")
+    return RuleResult(
+        not reasons, float(np.mean(there + fractions)), "; ".join(reasons) or "as asked"
+    )
 
 
 def _standing(found: Sequence[Found], relation: str, targets: Sequence[Found]) -> float:

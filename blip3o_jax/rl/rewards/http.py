@@ -1,11 +1,10 @@
-"""Compute a reward on other machines: the client of `blip3o rl serve-rewards` (`server`; bodies in
-`wire`).
+"""Compute a reward on other machines: the client of `blip3o rl serve-rewards`.
 
-Requests go to the servers in turn. A server that cannot be reached, does not answer in time or
-fails (5xx, a redirect, an answer without scores) is skipped for a while, twice as long each time,
-and the request goes to the next; one that is busy (429, 503) is tried again once all have been
-tried. A request that a server refuses (other 4xx) would be refused by the others too: that is a
-UserError with the server's line.
+server.py is its server, wire.py defines the bodies. Requests go to the servers in turn. A server
+that cannot be reached, does not answer in time or fails (5xx, a redirect, an answer without scores)
+is skipped for a period that doubles each time, and the request goes to the next one; a busy server
+(429, 503) is tried again once all have been tried. A request that one server refuses (other 4xx)
+would be refused by the others too: it raises UserError with the server's message.
 
 A request always ends after `timeout` seconds with scores, Unreachable or UserError, in one line.
 The standard library's HTTP client is used, under a deadline (`_Deadline`): its timeouts, like those
@@ -132,6 +131,7 @@ class HttpReward(Reward):
         self._failures = dict.fromkeys(self._urls, 0)  # in a row
         self._out_until = dict.fromkeys(self._urls, 0.0)
         self._tried = False
+        # A thread for each server: requests wait for the network.
         self._threads = concurrent.futures.ThreadPoolExecutor(len(self._urls))
 
     def check(self, prompt: str, metadata: Mapping[str, Any]) -> None:
@@ -213,14 +213,14 @@ class HttpReward(Reward):
             urls = self._order()
             for index, url in enumerate(urls):
                 if wait is not None and self._out_until[url] > time.monotonic():
-                    break  # rather wait for a busy one than for one that is left out
-                # One that hangs leaves time for those after it.
+                    break  # waiting for a busy server is better than trying one that failed
+                # The remaining time is divided, so that a server that hangs leaves some for others.
                 seconds = (end - time.monotonic()) / (len(urls) - index)
                 if seconds <= 0:
                     break
                 try:
                     scores = self._ask(url, body, len(prompts), seconds)
-                except UserError:  # a ValueError too, but a refusal and no failure
+                except UserError:  # a refusal, not one of FAILURES, although a ValueError
                     raise
                 except _Busy as busy:
                     wait = min(busy.seconds, wait or busy.seconds)
@@ -231,7 +231,7 @@ class HttpReward(Reward):
                 else:
                     self._failures[url] = 0
                     return scores
-            # A server that is always busy is asked less and less often.
+            # Exponential backoff for a server that stays busy.
             pause = None if wait is None else max(wait, min(SHORTEST_WAIT * 2**attempt, PROBE))
             if pause is None or time.monotonic() + pause >= end:
                 raise Unreachable("reward http: no server gave scores: " + "; ".join(reasons))
@@ -248,6 +248,7 @@ class HttpReward(Reward):
 
     def _failed(self, url: str) -> None:
         with self._lock:
+            # The exponent is bounded: the float would overflow after a thousand failures.
             seconds = min(self._probe * 2 ** min(self._failures[url], 16), LONGEST_PROBE)
             self._failures[url] += 1
             self._out_until[url] = time.monotonic() + seconds
@@ -273,7 +274,7 @@ class HttpReward(Reward):
         raise _BadAnswer(f"status {status}: {line}")
 
 
-# All that http.client, ssl, sockets and an answer that is none raise.
+# The exceptions of http.client, ssl, sockets and of parsing a malformed answer.
 FAILURES = (
     OSError,
     http.client.HTTPException,
@@ -285,8 +286,7 @@ FAILURES = (
 
 
 class _Deadline:
-    """End a connection after so many seconds, however its bytes arrive: a socket's timeout begins
-    anew with each read."""
+    """Shut a connection down after `seconds` in total: a socket's timeout restarts at each read."""
 
     def __init__(self, seconds: float):
         self.seconds = seconds
@@ -362,8 +362,9 @@ def _exchange(
             except (BrokenPipeError, ConnectionResetError):
                 if connection.sock is None:
                     raise
-                # It may have refused by the headers alone, and its answer lie ready.
+                # The server may have refused after the headers, with its answer ready to read.
             response = connection.getresponse()
+            # One byte more than allowed shows that there is more.
             answer = response.read(largest + 1)
             if len(answer) > largest:
                 raise _BadAnswer(f"the answer is longer than {largest} bytes")
@@ -373,7 +374,7 @@ def _exchange(
 
 
 def _connected(address: tuple[str, int], deadline: _Deadline) -> socket.socket:
-    """Return a connection to the first of a host's addresses that takes one."""
+    """Return a connection to the first of a host's addresses that accepts one."""
     host, port = address
     found = _addresses(host, port, deadline)
     for index, (*_, numeric) in enumerate(found):
@@ -389,8 +390,10 @@ def _connected(address: tuple[str, int], deadline: _Deadline) -> socket.socket:
 
 
 def _addresses(host: str, port: int, deadline: _Deadline) -> list[Any]:
-    """Return what `socket.getaddrinfo` does. It has no timeout of its own: a name server that does
-    not answer holds it up for as long as the system's resolver is patient.
+    """Return the result of `socket.getaddrinfo`, within the deadline.
+
+    `getaddrinfo` has no timeout: with a name server that does not answer, it blocks for as long as
+    the system's resolver retries.
     """
     found: concurrent.futures.Future[list[Any]] = concurrent.futures.Future()
 
@@ -410,8 +413,7 @@ def _addresses(host: str, port: int, deadline: _Deadline) -> list[Any]:
 
 
 def _wait(retry_after: str) -> float:
-    """Return seconds until a busy server is asked again: what it says, within bounds, 1 where it
-    says none."""
+    """Return the seconds of a Retry-After header, within bounds; 1 without a valid header."""
     text = retry_after.strip()
     if not text.isdigit() or not text.isascii():
         return 1.0

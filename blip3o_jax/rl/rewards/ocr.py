@@ -16,9 +16,9 @@ Deviations from the published reward:
    that was read.
 2. `strict` reads line by line from the top and each line from the left, independent of the
    recogniser's order.
-3. Both compare texts in the form of ocr_text.py, where characters that the recogniser cannot tell
-   apart are equal; the published one folds case and leaves blanks out, so that a curly apostrophe
-   costs an edit.
+3. Both compare texts in the form of ocr_text.py, where characters that the recogniser cannot
+   distinguish are equal; the published one folds case and drops spaces only, so that a curly
+   apostrophe costs an edit.
 4. Small images are enlarged and get a border, since the detector misses letters at the very edge.
 
 Shape suffixes: B images, H height, W width, C colour channels.
@@ -46,7 +46,7 @@ MAX_REORDERED = 4  # spans tried in every order; more are compared in the order 
 
 
 @dataclasses.dataclass(frozen=True)
-class Line:
+class TextLine:
     """Hold the text that was read in one place. `box`: x0, y0, x1, y1 in pixels."""
 
     text: str
@@ -63,7 +63,7 @@ class Comparison:
     exact: bool
 
 
-Reader = Callable[[np.ndarray], Sequence[Line]]
+Reader = Callable[[np.ndarray], Sequence[TextLine]]
 
 
 def create(
@@ -73,10 +73,11 @@ def create(
     detect: str = "true",
     min_confidence: str = "0.5",
 ) -> "Ocr":
-    """Make the reward for the registry. `scoring`: strict or reference. `min_side`: images are
-    enlarged until their shorter side has so many pixels. `border`: width of the border that is laid
-    round them, a share of the side. `detect=false` takes the whole image for one line of text.
-    `min_confidence`: below it a line does not count as read (strict only).
+    """Create the reward for the registry.
+
+    `scoring` is strict or reference. Images are enlarged until their shorter side has `min_side`
+    pixels, and get a border of `border` times their side. `detect=false` reads the whole image as
+    one line of text. Lines below `min_confidence` are ignored (strict only).
     """
     for package in ("rapidocr", "onnxruntime"):
         if importlib.util.find_spec(package) is None:
@@ -101,7 +102,7 @@ class Ocr:
     text that was read, a mean over its characters)."""
 
     read: Reader
-    compare: Callable[[Sequence[Line], Sequence[str]], Comparison]
+    compare: Callable[[Sequence[TextLine], Sequence[str]], Comparison]
     min_confidence: float = 0.0
 
     def check(self, prompt: str, metadata: Mapping[str, Any]) -> None:
@@ -162,7 +163,7 @@ def quoted(prompt: str) -> tuple[str, ...]:
     return spans
 
 
-def strict(lines: Sequence[Line], spans: Sequence[str]) -> Comparison:
+def strict(lines: Sequence[TextLine], spans: Sequence[str]) -> Comparison:
     """Return the score of all text read against all text asked: each missing, wrong or surplus
     character costs one edit."""
     read = "".join(normalise(line.text) for line in in_reading_order(lines))
@@ -173,7 +174,7 @@ def strict(lines: Sequence[Line], spans: Sequence[str]) -> Comparison:
     return Comparison(1 - distance / longest, distance, distance == 0)
 
 
-def reference(lines: Sequence[Line], spans: Sequence[str]) -> Comparison:
+def reference(lines: Sequence[TextLine], spans: Sequence[str]) -> Comparison:
     """Score as published, in the recogniser's own order of lines."""
     read = normalise("".join(line.text for line in lines))
     targets = [normalise(span) for span in spans]
@@ -186,10 +187,10 @@ def reference(lines: Sequence[Line], spans: Sequence[str]) -> Comparison:
     return Comparison(score, sum(distances), not any(distances))
 
 
-def in_reading_order(lines: Sequence[Line]) -> list[Line]:
+def in_reading_order(lines: Sequence[TextLine]) -> list[TextLine]:
     """Sort lines into rows from the top, each row from the left. A line belongs to the row whose
     first line reaches below its middle."""
-    rows: list[list[Line]] = []
+    rows: list[list[TextLine]] = []
     for line in sorted(lines, key=lambda line: line.box[1] + line.box[3]):
         if rows and (line.box[1] + line.box[3]) / 2 < rows[-1][0].box[3]:
             rows[-1].append(line)
@@ -222,7 +223,7 @@ class Recogniser:
         self.detect = detect
         self._engine: Any = None
 
-    def __call__(self, image_HWC: np.ndarray) -> list[Line]:
+    def __call__(self, image_HWC: np.ndarray) -> list[TextLine]:
         """Return the lines of text in a uint8 RGB image [H, W, 3], in the recogniser's order; boxes
         in pixels of the image that the recogniser gets."""
         self._engine = self._engine or _engine()
@@ -237,7 +238,8 @@ class Recogniser:
             for points in corners
         ]
         return [
-            Line(*line) for line in zip(found.txts, map(float, found.scores), boxes, strict=True)
+            TextLine(*line)
+            for line in zip(found.txts, map(float, found.scores), boxes, strict=True)
         ]
 
     def _shown(self, image_HWC: np.ndarray) -> np.ndarray:

@@ -15,7 +15,7 @@ The recogniser's list of characters (PP-OCR's, 18,708 of them) has Latin letters
 without accents, Chinese and Japanese. Other characters cannot be read.
 """
 
-# ruff: noqa: RUF001  # characters of one look are what this file is about
+# ruff: noqa: RUF001  # this file maps characters that look alike
 
 import re
 import unicodedata
@@ -56,8 +56,8 @@ _SCRIPTS = ("LATIN", "GREEK", "CJK", "HIRAGANA", "KATAKANA", "IDEOGRAPHIC")
 
 def normalise(text: str) -> str:
     """Return the form of `text` that is compared; "" where nothing of it can be."""
-    # The table first: NFKC would make "o" of the sign of degrees, and a blank and an accent of the
-    # acute.
+    # The table first: NFKC would turn the masculine ordinal sign into "o", and the acute accent
+    # into a space and a combining accent.
     text = unicodedata.normalize("NFKC", text.translate(_TABLE))
     text = unicodedata.normalize("NFKC", text.casefold()).translate(_TABLE)
     text = "".join(map(_without_accent, text))

@@ -159,8 +159,11 @@ def _written(kind: bytes, contents: list) -> list:
 
 
 def decode_into(file: np.ndarray, out_HWC: np.ndarray) -> None:
-    """Decode a file of `parse` into uint8 RGB [H, W, 3] of its size. Transparency is left out, of
-    16 bits the upper 8 are taken. Raises BadPng. Beside `out_HWC` it takes 4 bytes a pixel."""
+    """Decode a file of `parse` into uint8 RGB [H, W, 3] of its size.
+
+    Transparency is dropped, and the upper 8 of 16 bits are taken. Allocates 4 bytes a pixel in
+    addition to `out_HWC`. Raises BadPng.
+    """
     from PIL import Image
 
     try:

@@ -7,12 +7,11 @@ A scorer's failures stay in its process:
                                                          (`weighted`)
     takes longer than `timeout` an image                 its process is killed and replaced
     ends its process                                     another one is started
-    cannot be made                                       `result` and `check` raise why
+    cannot be created                                    `result` and `check` raise the reason
 
-The images that failed in a chunk are scored again image by image, each up to `retries` times; once
-at least where the whole chunk failed, since one of them may have been the cause. Then the image has
-failed. After BREAKER chunks in a row of which every image failed, the waiting chunks are given up
-untried, until the next `submit`.
+The failed images of a chunk are scored again one by one, each up to `retries` times, and at least
+once if the whole chunk failed, since one image may have failed all. After BREAKER chunks in a row
+of which every image failed, the waiting chunks are cancelled, until the next `submit`.
 
 Shape suffixes: B images, H height, W width, C colour channels; n of a chunk.
 """
@@ -70,8 +69,10 @@ def check_failed(
 
 
 class RewardPool:
-    """Run `workers` processes (0: one a core), started at once, that each make the `rewards`.
-    `timeout`: seconds an image."""
+    """Score images in `workers` processes (0: one for each core), which each create the `rewards`.
+
+    `timeout` is in seconds for each image.
+    """
 
     def __init__(
         self,
@@ -171,7 +172,7 @@ class RewardPool:
                 )
             case ProcessEnded(args=(code,)):
                 outcome = failed(len(rows), f"{self._names}: ended its process (exit code {code})")
-            case _:  # no reward has answered: they cannot be made, or not be sent this
+            case _:  # the rewards cannot be created, or the arguments cannot be sent
                 pending.stop(error)
                 return
         wrong = [row for row, reason in zip(rows, outcome.reasons, strict=True) if reason]
@@ -248,8 +249,7 @@ class Pending:
         return self._images_BHWC[some], list(self._prompts[some]), list(self._metadata[some])
 
     def record(self, rows: Sequence[int], outcome: Outcome, *, final: bool) -> None:
-        """Store the scores there are, and the reasons of the others where those are not tried
-        again."""
+        """Store the scores, and the reasons of failed images if they are not tried again."""
         for name, values in outcome.parts.items():
             self._parts.setdefault(name, np.full(len(self._total_B), np.nan, np.float32))[
                 list(rows)

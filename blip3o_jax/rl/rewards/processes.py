@@ -1,11 +1,11 @@
-"""Call functions in spawned processes, each call with a time limit, for a run of days.
+"""Call functions in spawned processes, each call with a time limit, in runs of days.
 
     waiting calls --> the first process that is free --> its answer | TimeoutError | ProcessEnded
 
-Every process has its own pipe and one call at a time, so the call of a process that ended is known,
-and no shared lock stays held, however it ended. concurrent.futures gives up its whole pool in that
-case, and cannot end a call that hangs; pools whose processes share a queue lose a call, or lock,
-where one is killed at the wrong moment.
+Every process has its own pipe and one call at a time. So the call of a process that ended is known,
+and no shared lock stays held. concurrent.futures breaks its whole pool when a process ends, and
+cannot end a call that hangs; pools whose processes share a queue lose a call, or deadlock, when a
+process is killed while it holds the queue's lock.
 """
 
 import atexit
@@ -28,8 +28,8 @@ from blip3o_jax import exits
 from blip3o_jax.config import UserError
 
 MOST_DEATHS = 3  # processes in a row that may end while they start
-# seconds that a process may take to end after its pipe has; then it is killed, and its exit code
-# lost
+# Seconds that a process may take to end after its pipe was closed. Then it is killed, and its exit
+# code is lost.
 ENDING = 5.0
 
 Future = concurrent.futures.Future
@@ -64,9 +64,11 @@ class _Worker:
 
 
 class Processes:
-    """Run `workers` processes, started at once, which run `initializer(*initargs)` first, in up to
-    `start_timeout` seconds. `what` they do, for messages. One thread serves them all, and runs the
-    callbacks of the futures."""
+    """Run `workers` processes, started at once.
+
+    Each runs `initializer(*initargs)` first, in up to `start_timeout` seconds. `what` names their
+    task in messages. One thread serves all processes and runs the futures' callbacks.
+    """
 
     def __init__(
         self,
@@ -77,6 +79,7 @@ class Processes:
         start_timeout: float,
         what: str,
     ):
+        # Spawn: a fork would copy the threads' locks of JAX in whatever state they are in.
         self._context = multiprocessing.get_context("spawn")
         self._initialise = functools.partial(initializer, *initargs)
         self._start_timeout, self._what = start_timeout, what
@@ -97,10 +100,11 @@ class Processes:
         arguments: Callable[[], tuple[Any, ...]],
         timeout: float = math.inf,
     ) -> Future:
-        """Return the future of `function(*arguments())` in one of the processes; `arguments` is
-        called when one is free. Its exception is the function's own, TimeoutError after `timeout`
-        seconds there, ProcessEnded, or UserError where processes do not start. It always comes to
-        an end.
+        """Return the future of `function(*arguments())` in one of the processes.
+
+        `arguments` is called when a process is free. The future always completes; its exception is
+        the function's, TimeoutError after `timeout` seconds of the call, ProcessEnded, or
+        UserError if no process starts.
         """
         call = _Call(Future(), function, arguments, timeout)
         with self._lock:
@@ -112,7 +116,7 @@ class Processes:
         return call.future
 
     def drop(self) -> None:
-        """Cancel the calls that no process has yet."""
+        """Cancel the calls that wait for a process."""
         with self._lock:
             calls = list(self._waiting)
             self._waiting.clear()
@@ -120,12 +124,12 @@ class Processes:
             call.future.cancel()
 
     def ready(self) -> int:
-        """Return how many processes have started and take calls, those with a call included."""
+        """Return the number of processes that have started, busy ones included."""
         return 0 if self._error is not None else sum(worker.ready for worker in list(self._workers))
 
     @property
     def error(self) -> BaseException | None:
-        """Return why no more calls are taken, or None."""
+        """Return the reason why calls are refused, or None."""
         return self._error
 
     def close(self) -> None:
@@ -167,7 +171,7 @@ class Processes:
                 for worker in list(self._workers):
                     if time.monotonic() > worker.deadline:
                         self._end_late(worker)
-        except BaseException as e:  # not to leave anyone waiting
+        except BaseException as e:  # callers must not wait for ever
             self._error = e
             raise
         finally:
@@ -186,7 +190,7 @@ class Processes:
                 except OSError:
                     self._bury(worker)
                     break
-                except Exception as e:  # what cannot be sent is the caller's mistake
+                except Exception as e:  # arguments that cannot be pickled: the caller's error
                     worker.call, worker.deadline = None, math.inf
                     call.settle(error=e)
 
@@ -196,7 +200,7 @@ class Processes:
         except (EOFError, OSError):
             self._bury(worker)
             return
-        except Exception as e:  # an answer that cannot be read
+        except Exception as e:  # an answer that cannot be unpickled
             result, error = None, e
         call = worker.call
         worker.call = None
@@ -250,8 +254,7 @@ class Processes:
 
 
 def _send(pipe: connection.Connection, value: Any) -> None:
-    """Send a value with its arrays as raw memory: to pickle large images takes longer than the
-    pipe."""
+    """Send a value, its arrays as raw memory: pickling large images takes longer than sending."""
     buffers: list[pickle.PickleBuffer] = []
     data = pickle.dumps(value, protocol=5, buffer_callback=buffers.append)
     raw = [buffer.raw() for buffer in buffers]
@@ -276,7 +279,7 @@ def _kill(worker: _Worker) -> None:
 
 def _work(pipe: connection.Connection, initialise: Callable[[], None]) -> None:
     """Run a process: answer calls by (result, error) until its pipe ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     exits.end_with_parent()
     initialise()
     answer: tuple[Any, BaseException | None] = None, None

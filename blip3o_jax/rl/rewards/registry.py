@@ -1,5 +1,6 @@
-"""Make rewards by name. A module is imported only where its reward is made, so that a run loads the
-libraries of the rewards that it uses.
+"""Create rewards by name.
+
+A module is imported when its reward is created, so that a run loads only the libraries it uses.
 
 `python:PACKAGE.MODULE.FUNCTION` names a user's function of (uint8 images [B, H, W, 3], prompts,
 metadata) that returns B numbers or a `Scores`. It takes the options as keyword arguments, as text.
@@ -77,8 +78,9 @@ def _numbers(text: str, pairs: list[tuple[str, str]], field: str, count: int, de
 
 
 def make(config: RewardConfig) -> Reward:
-    """Make the reward that `config` names, with its options. ConfigError for a name or an option
-    that there is not.
+    """Create the reward that `config` names, with its options.
+
+    Raises ConfigError for an unknown name or option.
     """
     options = dict(config.options)
     if config.name.startswith(USER):

@@ -16,14 +16,15 @@ from blip3o_jax.serving import Refused
 
 MAX_VALUES = 1 << 18  # JSON values of a request; each takes many times its length once it is read
 VALUE_BYTES = 256  # that one of them may take
-# Of a byte of a body while it is parsed: as it was sent and as it came, text and texts of 4 bytes
-# each, files, files rebuilt, and those that go back.
+# Bytes of memory for each byte of a body while it is parsed: the body as sent and as received (2),
+# the decoded text and its strings of 4 bytes a character (8), the files, the rebuilt files, and
+# their copies that are sent back (3).
 PARSE_BYTES = 13
 MAX_IMAGES = 1024  # of a request
 
 
 @dataclasses.dataclass(frozen=True)
-class Request:
+class ScoreRequest:
     """Hold the images to score, with their prompts. `metadata`: JSON texts, since parsed objects
     take many times the memory while a request waits."""
 
@@ -33,18 +34,19 @@ class Request:
 
 
 def start() -> None:
-    """Begin a process that parses."""
-    os.nice(10)  # the server itself comes first: it answers everybody
+    """Initialise a parsing process."""
+    os.nice(10)  # the server has priority: it answers all clients
 
 
-def parse_array(body: np.ndarray, max_pixels: int) -> Request:
+def parse_array(body: np.ndarray, max_pixels: int) -> ScoreRequest:
     """Parse uint8 [bytes] as `parse_request` does: processes are sent arrays without a copy."""
     return parse_request(bytearray(body), max_pixels)
 
 
-def parse_request(body: bytes | bytearray, max_pixels: int) -> Request:
+def parse_request(body: bytes | bytearray, max_pixels: int) -> ScoreRequest:
     """Return what is to be scored, its images parsed but not decoded. Refused with 400 (no JSON, no
     sound PNG), 413 (too many values, images or pixels) or 422 (wrong fields)."""
+    # An upper bound without parsing: one of these characters precedes every value but the first.
     if sum(map(body.count, (b",", b"[", b"{"))) > MAX_VALUES:
         raise Refused(
             413, f"the body holds more than {MAX_VALUES} values: send fewer images at once"
@@ -64,11 +66,14 @@ def parse_request(body: bytes | bytearray, max_pixels: int) -> Request:
             raise Refused(422, f"prompts[{index}] holds half a surrogate pair, which is no text")
     images: list[Png] = []
     left = max_pixels
+    # Popped from the end, in order: a list's front is expensive to remove.
     files.reverse()
-    while files:  # each text is given up once it is a file
+    while files:  # each text is freed once its file is decoded
         images.append(_image(files.pop(), len(images), left, max_pixels))
         left -= images[-1].pixels
-    return Request(prompts, [_json(fields, index) for index, fields in enumerate(metadata)], images)
+    return ScoreRequest(
+        prompts, [_json(fields, index) for index, fields in enumerate(metadata)], images
+    )
 
 
 def _fields(body: bytes | bytearray) -> dict[str, list]:

@@ -1,5 +1,6 @@
-"""Run a scorer process of the reward server: decode images and score them. Imports little at the
-top, so that a process starts fast.
+"""Run a scorer process of the reward server: decode images and score them.
+
+Large libraries are imported inside functions, so that a process starts fast.
 
 Shape suffixes: B images, H height, W width, C colour channels.
 """
@@ -73,7 +74,7 @@ def score_rows(
     rows = [row for row, found in enumerate(scores) if found is None]
     began = time.monotonic()
     if rows:
-        # All of them as a rule; a copy only where one is missing.
+        # Indexing copies, which is avoided when all images were decoded.
         chosen_BHWC = images_BHWC if len(rows) == len(files) else images_BHWC[rows]
         outcome = rewards(chosen_BHWC, *zip(*(prompts[row] for row in rows), strict=True))
         for row, image_score in zip(rows, _image_scores(outcome), strict=True):

@@ -1,5 +1,6 @@
-"""Run the reward server's processes: one that hangs or dies is replaced, and so are all of them
-where none starts any more.
+"""Run the reward server's processes.
+
+A process that hangs or dies is replaced; if none starts any more, all are started again later.
 
     scorers    decode images and score them
     parser     parses large bodies: the JSON parser would block every thread of the server
@@ -71,7 +72,7 @@ class Renewed:
     async def call(self, function: Callable, arguments: Callable[[], tuple], timeout: float) -> Any:
         """Call a function as `Processes.call` does."""
         try:
-            # Who is cancelled leaves; the call goes on, since a process has it.
+            # Shielded: the call continues if the caller is cancelled, since a process runs it.
             future = asyncio.wrap_future(self.now.call(function, arguments, timeout))
             found = await asyncio.shield(future)
         except TimeoutError:
@@ -117,6 +118,7 @@ class ScorerProcesses:
         self.count = count
         self.names = labels(rewards)
         self._timeout = timeout
+        # The processes divide the cores among them.
         threads = max(1, (os.cpu_count() or 1) // count)
         start = functools.partial(
             Processes,
@@ -154,18 +156,19 @@ class ScorerProcesses:
         self._processes.now.close()
 
 
-class Parser:
+class RequestParser:
     """Parse bodies of requests: those of up to `small` bytes in a thread, others in a process."""
 
     def __init__(self, max_pixels: int, *, small: int = 1 << 20):
         self._max_pixels = max_pixels
         self._small = small
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "parser")
+        # One large body at a time: each takes many times its size while it is parsed.
         self._turn = asyncio.Lock()
 
     @functools.cached_property
     def _process(self) -> Renewed:
-        """Start it where there is a body for it."""
+        """Start the process, when the first large body arrives."""
         start = functools.partial(
             Processes,
             requests.start,
@@ -176,7 +179,7 @@ class Parser:
         )
         return Renewed(start)
 
-    async def parse(self, body: bytearray) -> requests.Request:
+    async def parse(self, body: bytearray) -> requests.ScoreRequest:
         """Parse as `requests.parse_request` does, and empty `body`. Raises Refused."""
         if len(body) <= self._small:
             loop = asyncio.get_running_loop()
@@ -188,17 +191,17 @@ class Parser:
         body.clear()
         return found
 
-    async def _parse_in_process(self, body: bytearray) -> requests.Request:
+    async def _parse_in_process(self, body: bytearray) -> requests.ScoreRequest:
         wanted = [body]
         task = asyncio.get_running_loop().create_task(self._in_turn(wanted))
         try:
             return await asyncio.shield(task)
         except asyncio.CancelledError:
-            wanted.clear()  # so that it is not held, nor parsed when its turn comes
+            wanted.clear()  # frees the body, which is not parsed any more
             task.add_done_callback(lambda task: task.cancelled() or task.exception())
             raise
 
-    async def _in_turn(self, wanted: list[bytearray]) -> requests.Request:
+    async def _in_turn(self, wanted: list[bytearray]) -> requests.ScoreRequest:
         def arguments() -> tuple:
             return np.frombuffer(wanted.pop(), np.uint8), self._max_pixels  # sent without a copy
 
@@ -207,7 +210,7 @@ class Parser:
                 raise asyncio.CancelledError
             return await self._call(arguments)
 
-    async def _call(self, arguments: Callable[[], tuple]) -> requests.Request:
+    async def _call(self, arguments: Callable[[], tuple]) -> requests.ScoreRequest:
         try:
             return await self._process.call(requests.parse_array, arguments, PARSE_TIMEOUT)
         except TimeoutError:

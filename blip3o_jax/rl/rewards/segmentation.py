@@ -89,8 +89,8 @@ class SegmentationDetector:
             return_binary_maps=True,
         )
         found = []
-        # Where nothing was found, `segmentation` is a map without objects, and there are no
-        # segments to go with it.
+        # Without any object, `segmentation` is an empty map, which has no segment: hence
+        # strict=False.
         for mask, segment in zip(result["segmentation"], result["segments_info"], strict=False):
             mask_HW = mask.numpy() > 0
             if mask_HW.any():
@@ -171,6 +171,7 @@ def _load(path: str, *classes: str) -> tuple[Any, ...]:
 
     torch.set_num_threads(1)
     transformers.utils.logging.disable_progress_bar()
-    # Without the second, transformers asks on the terminal whether to run code of the directory.
+    # Without trust_remote_code=False, transformers asks on the terminal whether to run code from
+    # the directory.
     local = {"local_files_only": True, "trust_remote_code": False}
     return tuple(getattr(transformers, name).from_pretrained(path, **local) for name in classes)

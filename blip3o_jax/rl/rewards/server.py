@@ -33,8 +33,8 @@ from blip3o_jax.connections import CONNECTION_BYTES, ConnectionLimits
 from blip3o_jax.rl.rewards import png, requests, server_metrics, wire
 from blip3o_jax.rl.rewards.batcher import Batcher, Job
 from blip3o_jax.rl.rewards.reward import Scores
-from blip3o_jax.rl.rewards.scorers import Parser, ScorerProcesses, Scorers
-from blip3o_jax.serving import Background, MemoryBudget, Refused, Service
+from blip3o_jax.rl.rewards.scorers import RequestParser, ScorerProcesses, Scorers
+from blip3o_jax.serving import BackgroundServer, MemoryBudget, Refused, Service
 
 WHAT = "serve-rewards"
 PROCESS_BYTES = 256 << 20  # of a process and its libraries, without images and models
@@ -125,7 +125,7 @@ def serve(
 
 
 class RewardServer:
-    """Own the HTTP services and the scorers of rewards; leaving the `with` block closes them."""
+    """Run the HTTP services and the scorers of rewards; leaving the `with` block closes them."""
 
     def __init__(
         self,
@@ -190,7 +190,7 @@ class RewardServer:
             on_batch=scored,
         )
         self._registry.register(server_metrics.State(self._batcher, self._scorers, self._budget))
-        self._parser = Parser(limits.max_pixels, small=SMALL_BODY)
+        self._parser = RequestParser(limits.max_pixels, small=SMALL_BODY)
         self._waiting = 0
 
     @property
@@ -217,9 +217,9 @@ class RewardServer:
         self._parser.close()
         self._close_services()
 
-    def in_background(self) -> Background:
+    def in_background(self) -> BackgroundServer:
         """Return a context manager that serves in a thread."""
-        return Background(self.services)
+        return BackgroundServer(self.services)
 
     def _close_services(self) -> None:
         for service in self.services:

@@ -24,13 +24,13 @@ from blip3o_jax.rl.rewards.reward import Reward, Scores
 FIELDS = ("category", "objects", "relation", "word")  # of data/shapes/captions.py
 
 
-def create(correct_weight: str = "0.5") -> "Shapes":
+def create(correct_weight: str = "0.5") -> "ShapesReward":
     """Make the reward for the registry."""
-    return Shapes(number("shapes", "correct_weight", correct_weight, float, 0, 1))
+    return ShapesReward(number("shapes", "correct_weight", correct_weight, float, 0, 1))
 
 
 @dataclasses.dataclass(frozen=True)
-class Shapes(Reward):
+class ShapesReward(Reward):
     """Score by the embedded data set's rules. Parts: `correct` (0 or 1) and `shaped` (`met`
     above)."""
 

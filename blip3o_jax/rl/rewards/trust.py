@@ -54,8 +54,10 @@ def check_trusted(rewards: Sequence[RewardConfig], where: str) -> None:
 
 
 def _argument(config: RewardConfig) -> str | None:
-    """Return the text that `registry.parsed` reads as `config`, or None where there is no such
-    text, or none that a terminal shows as it is."""
+    """Return the text that `registry.parsed` reads as `config`.
+
+    Returns None if there is no such text, or if it is not printable.
+    """
     pieces = [config.name, *(f"{option}={value}" for option, value in config.options)]
     pieces += [f"weight={config.weight!r}"] if config.weight != 1 else []
     pieces += ["clip={!r}:{!r}".format(*config.clip)] if config.clip else []

@@ -20,8 +20,8 @@ from blip3o_jax.config.errors import type_and_line
 from blip3o_jax.rl.rewards.registry import make
 from blip3o_jax.rl.rewards.reward import Reward
 
-# Scores are of the order of one; one of this magnitude comes from a broken scorer and would drown
-# its whole group.
+# Scores are of order 1. One of this magnitude comes from a broken scorer, and would dominate the
+# advantages of its group.
 LARGEST = 1e6
 REASON_LENGTH = 200  # characters of an exception that a reason keeps
 
@@ -109,9 +109,8 @@ def _scores(
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """Return scores and parts, float32 [B] each. ValueError where one has another shape."""
     found = reward(images_BHWC, prompts, metadata)
-    with np.errstate(
-        over="ignore"
-    ):  # what float32 cannot hold becomes infinite, and is refused as that
+    # Values beyond float32 become infinite, which `_wrong` refuses.
+    with np.errstate(over="ignore"):
         arrays = {
             part: np.asarray(values, np.float32)
             for part, values in {"": found.total_B, **found.parts}.items()
@@ -126,7 +125,7 @@ def _scores(
 
 
 def _wrong(name: str, score: float, config: RewardConfig) -> str | None:
-    """Return why this is no valid score, or None."""
+    """Return the reason why a score is invalid, or None."""
     if not np.isfinite(score):
         return f"{name}: its score is {score}"
     if config.clip is None and abs(score) > LARGEST:

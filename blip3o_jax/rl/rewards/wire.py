@@ -39,6 +39,7 @@ def encode_request(
     images = []
     for image_HWC in images_BHWC:
         file = io.BytesIO()
+        # Level 1: the time of encoding matters more than the size.
         Image.fromarray(image_HWC).save(file, "PNG", compress_level=1)
         images.append(base64.b64encode(file.getvalue()).decode("ascii"))
     body = {"prompts": list(prompts), "metadata": [dict(m) for m in metadata], "images": images}
@@ -81,6 +82,7 @@ def _floats(values: Any, name: str, count: int) -> np.ndarray:
         or not all(type(v) in (int, float) for v in values)
     ):
         raise ValueError(f"{name} is not a list of {count} numbers")
+    # Compared as Python numbers, before float32 would make large ones infinite.
     if not all(abs(value) <= _LARGEST for value in values):  # nor is NaN
         raise ValueError(f"{name} holds a number that is not finite")
     return np.array([float(value) for value in values], np.float32)

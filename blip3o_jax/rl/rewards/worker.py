@@ -1,8 +1,8 @@
-"""Run a process of the reward pool. Imports no library at the top that makes threads: `start` sets
-their number first.
+"""Run a process of the reward pool.
 
-The rewards are made once a process. Where that fails, the process stays, and every task raises the
-reason.
+Libraries that create threads are imported inside functions: `start` first sets their number. The
+rewards are created once in each process. If that fails, the process stays, and every call raises
+the reason.
 """
 
 import os
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
     from blip3o_jax.rl.rewards.weighted import Outcome, WeightedRewards
 
-# The pool has as many processes as cores to use; more threads would only take turns.
-# JAX must leave the accelerator to the run: NPROC is what XLA takes for the number of cores.
+# The pool has one process for each core, so that further threads would only compete. JAX must leave
+# the accelerator to the run; XLA reads the number of cores from NPROC.
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "OPENBLAS_NUM_THREADS": "1",
@@ -34,13 +34,13 @@ _made: "WeightedRewards | Exception"
 
 
 def start(configs: tuple[RewardConfig, ...]) -> None:
-    """Run first in each process."""
+    """Set the environment and create the rewards; runs first in each process."""
     os.environ.update(ENVIRONMENT)
     make(configs, threads=1)
 
 
 def make(configs: tuple[RewardConfig, ...], threads: int) -> None:
-    """Make the rewards of this process. OpenCV gets `threads`."""
+    """Create the rewards of this process, with `threads` threads for OpenCV."""
     global _made
     try:
         import cv2
@@ -58,22 +58,20 @@ def make(configs: tuple[RewardConfig, ...], threads: int) -> None:
 def score(
     images_BHWC: "np.ndarray", prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
 ) -> tuple["Outcome", float]:
-    """Return what the rewards give, and the seconds they took."""
+    """Return the rewards' outcome, and the seconds that they took."""
     made, began = rewards(), time.monotonic()
     return made(images_BHWC, prompts, metadata), time.monotonic() - began
 
 
 def check(prompts: Sequence[tuple[str, Mapping[str, Any]]]) -> None:
-    """Raise UserError for rewards that could not be made, and for the first prompt that one of
-    them cannot score.
-    """
+    """Raise UserError if the rewards could not be created, or one cannot score a prompt."""
     made = rewards()
     for text, metadata in prompts:
         made.check(text, metadata)
 
 
 def rewards() -> "WeightedRewards":
-    """Return the rewards of this process. Raises why they could not be made."""
+    """Return the rewards of this process, or raise the reason why they could not be created."""
     if isinstance(_made, Exception):
         raise _made
     return _made

@@ -74,7 +74,7 @@ def write_parquet(path: pathlib.Path, start: int = 0, struct: bool = True) -> pa
 
 
 def check_records(source: Source, count: int = COUNT) -> None:
-    """All records, from the source and from one that went through a pickle."""
+    """Check all records, from the source and from one that went through a pickle."""
     assert len(source) == count
     for each in (source, pickle.loads(pickle.dumps(source))):
         got = {r.caption: r.image for r in (each[i] for i in reversed(range(count)))}
@@ -321,7 +321,7 @@ def test_tfds(tmp_path: pathlib.Path) -> None:
 
 
 def _check_hostile_tfds(directory: pathlib.Path, shard: pathlib.Path) -> None:
-    """What a set of TFDS from elsewhere may say and hold."""
+    """Check what a set of TFDS from elsewhere may say and hold."""
 
     def refused(name: str, old: str, new: str, message: str) -> None:
         whole = (directory / name).read_text()
@@ -403,7 +403,7 @@ THINGS = [
 
 
 def things(at: str) -> list[Record]:
-    """As records of the shard `at`, their keys left out."""
+    """Return them as records of the shard `at`, their keys left out."""
     return [
         Record(IMAGES[0], "a cat", "", at),
         Record(IMAGES[1], "make it red", "", at, "edit", (IMAGES[0],)),

@@ -19,7 +19,7 @@ def cache(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def write(path: pathlib.Path, *members: tuple, **options: object) -> pathlib.Path:
-    """A tar of (name, data) or (name, data, fields of TarInfo)."""
+    """Write a tar of (name, data) or (name, data, fields of TarInfo)."""
     with tarfile.open(path, "w", **options) as archive:
         for name, data, *rest in members:
             info = tarfile.TarInfo(name)
@@ -85,7 +85,7 @@ def test_every_member_is_used_or_counted(tmp_path: pathlib.Path) -> None:
         source[3]
     assert source.unused == {
         "directory": 1,
-        "json_beside_txt": 1,
+        "json_with_txt": 1,
         "second_image": 1,
         "link": 2,
         "sparse": 1,

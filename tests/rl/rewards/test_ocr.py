@@ -12,12 +12,12 @@ from PIL import Image, ImageDraw, ImageFont
 from blip3o_jax.config import UserError
 from blip3o_jax.data.shapes import draw, scene
 from blip3o_jax.rl.rewards import ocr
-from blip3o_jax.rl.rewards.ocr import Line
+from blip3o_jax.rl.rewards.ocr import TextLine
 
 
-def lines(*texts: str) -> list[Line]:
+def lines(*texts: str) -> list[TextLine]:
     """Return lines one below the other."""
-    return [Line(text, 0.9, (0, 20 * i, 100, 20 * i + 15)) for i, text in enumerate(texts)]
+    return [TextLine(text, 0.9, (0, 20 * i, 100, 20 * i + 15)) for i, text in enumerate(texts)]
 
 
 @pytest.mark.parametrize(
@@ -121,14 +121,14 @@ def test_several_spans_stand_in_any_order_and_all_must_be_there():
 
 def test_lines_are_read_by_rows():
     boxes = {"right": (60, 2, 90, 20), "below": (0, 30, 50, 50), "left": (0, 5, 40, 18)}
-    found = ocr.in_reading_order([Line(text, 0.9, box) for text, box in boxes.items()])
+    found = ocr.in_reading_order([TextLine(text, 0.9, box) for text, box in boxes.items()])
     assert [line.text for line in found] == ["left", "right", "below"]
 
 
 def test_scores_and_parts_of_a_batch():
     def read(image_HWC):
         return (
-            [Line("OPEN", 0.8, (0, 0, 9, 9)), Line("xx", 0.2, (0, 20, 9, 29))]
+            [TextLine("OPEN", 0.8, (0, 0, 9, 9)), TextLine("xx", 0.2, (0, 20, 9, 29))]
             if image_HWC.any()
             else []
         )

@@ -64,7 +64,7 @@ def test_what_looks_the_same_is_equal(a, b):
     assert normalise(a) == normalise(b) != ""
     for scoring in (ocr.strict, ocr.reference):
         for read, asked in ((a, b), (b, a)):
-            assert scoring([ocr.Line(read, 0.9, (0, 0, 1, 1))], [asked]).exact
+            assert scoring([ocr.TextLine(read, 0.9, (0, 0, 1, 1))], [asked]).exact
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 
 from blip3o_jax.config import UserError
 from blip3o_jax.rl.rewards.processes import Future, ProcessEnded
-from blip3o_jax.rl.rewards.scorers import Parser, Renewed
+from blip3o_jax.rl.rewards.scorers import Renewed, RequestParser
 from blip3o_jax.serving import Refused
 from tests.rl.rewards.in_process import body, png
 
@@ -73,8 +73,8 @@ class Process:
         return function(*given)
 
 
-def parser_of(process) -> Parser:
-    parser = Parser(1000, small=0)
+def parser_of(process) -> RequestParser:
+    parser = RequestParser(1000, small=0)
     parser._process = process
     return parser
 
