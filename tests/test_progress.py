@@ -16,6 +16,12 @@ class Clock:
         return self.seconds
 
 
+@pytest.fixture(autouse=True)
+def own_display(monkeypatch):
+    """Show no work that an earlier test of this process left unfinished."""
+    monkeypatch.setattr(progress, "_display", progress._Display())
+
+
 @pytest.fixture
 def clock(monkeypatch):
     clock = Clock()

@@ -62,8 +62,8 @@ def log_to_stderr(host: int, hosts: int) -> None:
     absl_logging.get_absl_handler().setFormatter(formatter)
     if hosts > 1:
         _log_warnings()
-    if host == 0:
-        logging.getLogger(__package__.partition(".")[0]).setLevel(logging.INFO)
+    package = logging.getLogger(__package__.partition(".")[0])
+    package.setLevel(logging.NOTSET if host else logging.INFO)
     logging.getLogger("absl").addFilter(_without_traceback)
 
 

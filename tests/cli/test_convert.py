@@ -219,5 +219,6 @@ def test_bench_conversion(tmp_path, monkeypatch, stub):  # noqa: F811
     flags = [f"--config={tmp_path}/c.py", f"--out={tmp_path}/o", "--config.model.image_size=64"]
     assert cli.main(["bench", "conversion", *flags, "--dtype=float16"]) == 0
     ((model, out), settings) = calls[0]
+    assert settings.pop("command").startswith("blip3o")
     assert (model.image_size, out, settings) == (64, tmp_path / "o", {"dtype": "float16"})
     assert printed == [{"rows": {}}]
