@@ -92,7 +92,7 @@ def file_crc32c(path: pathlib.Path) -> int:
 
 
 def write_manifest(directory: pathlib.Path, **facts: int) -> None:
-    """Write `directory`/manifest.json for all files in the directory, with `facts` beside them."""
+    """Write `directory`/manifest.json for all files in the directory, and its `facts`."""
     names = sorted(_names(directory))
     with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
         files = dict(

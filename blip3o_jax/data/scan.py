@@ -30,7 +30,7 @@ def scan(
 ) -> np.ndarray:
     """Return `number_of` each record, `dtype` (uint8 or uint32) [N]. A record that cannot be read
     has the number `unreadable`; the loader reports it. `name` says what is computed, `settings`
-    all that it depends on beside the records. Raises OSError for errors of the machine.
+    all that it depends on in addition to the records. Raises OSError for errors of the machine.
     """
     asked = [source.fingerprint, settings]
     key = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]

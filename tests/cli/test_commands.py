@@ -8,7 +8,7 @@ from PIL import Image
 import blip3o_jax
 from blip3o_jax import cli
 from blip3o_jax.cli import settings
-from blip3o_jax.config import UserError
+from blip3o_jax.config import Config, UserError
 
 COMMANDS = (
     "data",
@@ -292,6 +292,9 @@ def test_the_other_commands_call_one_function(tmp_path, stub, capsys):
         stub("model_table", "print_table"),
         stub("demo.run", "run", result={"seconds": 1.5}),
     )
+    sized = Config(steps=3)
+    stub("train.checkpoint", "find")
+    vocabulary = stub("train.vocabulary", "expected_vocabulary", result=(sized, "as given"))
     assert cli.main(["data", "shapes", "--out=d", "--num_test=9"]) == 0
     assert (
         cli.main(["evaluate", "--checkpoint=c", "--suite=shapes", "--out=o", "--num_prompts=7"])
@@ -301,7 +304,8 @@ def test_the_other_commands_call_one_function(tmp_path, stub, capsys):
     assert (
         data[0][1]["num_test"] == 9
         and runner[0][1]["num_prompts"] == 7
-        and table[0][0][0].steps == 2
+        and vocabulary[0][0][0].steps == 2
+        and table[0][0] == (sized, "as given")
     )
     capsys.readouterr()
     assert cli.main(["demo", "--fast"]) == 0

@@ -375,7 +375,7 @@ def convert(request, imported):
 
 
 def not_written(convert, out, *words, **settings):
-    """Check that it is refused in one line, with everything beside `out` as it was."""
+    """Check that it is refused in one line, with everything else as it was."""
     before = listing(out.parent) if out.parent.is_dir() else None
     with pytest.raises(UserError) as error:
         convert(out, **settings)

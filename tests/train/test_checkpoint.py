@@ -205,7 +205,7 @@ def test_a_step_gets_its_name_after_its_manifest(root, monkeypatch):
 
 
 def damage_by_host(step, monkeypatch):
-    """What each of two hosts that share the reading finds, and what both return."""
+    """Return what each of two hosts that share the reading finds, and what both return."""
     found, returned = [], []
     for host in (0, 1, 0, 1):  # a second time with what the other has found
 
