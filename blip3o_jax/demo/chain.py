@@ -25,6 +25,7 @@ from blip3o_jax.provenance import provenance
 from blip3o_jax.train import recipe as recipes
 from blip3o_jax.train.metrics import read_rows
 
+# By the kind of a stage (`Config.title`): its name in a recipe is free.
 CURVES = {
     "autoencoder": ("train/loss", "train/psnr"),
     "contrastive": ("train/loss", "train/image_to_text"),
@@ -50,7 +51,9 @@ SHOWN = 8  # pictures of the autoencoder, and of the image tokens
 def train(stages: Mapping[str, Config], workdir: pathlib.Path, clock: "Clock") -> None:
     """Train the stages under `workdir`/train, or what is left of them."""
     summaries = recipes.run(dict(stages), workdir / "train")
-    clock.seconds |= {name: summary.seconds for name, summary in summaries.items()}
+    clock.seconds |= {
+        shown_name(name, stages[name]): summary.seconds for name, summary in summaries.items()
+    }
 
 
 @contextlib.contextmanager
@@ -123,7 +126,11 @@ def facts_of_run(
     parameters = sum(row["parameters"] for row in model_table.count_parameters(config).values())
     return {
         "stages": [
-            report.Stage(name, curves(stage_directory(workdir, name), CURVES[name]), NOTES[name])
+            report.Stage(
+                shown_name(name, stage),
+                curves(stage_directory(workdir, name), CURVES[stage.title]),
+                NOTES[stage.title],
+            )
             for name, stage in stages.items()
         ],
         "seconds": clock.seconds,
@@ -131,9 +138,16 @@ def facts_of_run(
             "parameters": f"{parameters / 1e6:.1f} M",
             "peak memory": f"{peak_memory():.1f} GiB",
         },
-        "configuration": {name: config_lib.to_dict(stage) for name, stage in stages.items()},
+        "configuration": {
+            shown_name(name, stage): config_lib.to_dict(stage) for name, stage in stages.items()
+        },
         "versions": _versions(),
     }
+
+
+def shown_name(name: str, stage: Config) -> str:
+    """Return the name of a stage in a report; a single config, named "", is called by its kind."""
+    return name or stage.title
 
 
 def stage_directory(workdir: pathlib.Path, stage: str) -> pathlib.Path:
