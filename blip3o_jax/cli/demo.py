@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from blip3o_jax.cli import arguments, flags
+from blip3o_jax.cli import arguments, flags, settings
 from blip3o_jax.cli.command import add_command
 from blip3o_jax.cli.multihost import default_workdir
 from blip3o_jax.config import UserError
@@ -18,8 +18,8 @@ def add(commands: Any) -> None:
         run,
         "train every part from random weights, sample, score, report",
         "Makes its own data and needs no accelerator; with --config=configs/own.py:DATA it learns"
-        " from the captioned pictures at DATA and draws captions that it held out. Its last line is"
-        " one JSON object with the score, the seconds it took and the path of the report.",
+        " from the captioned pictures at DATA and samples images for held-out captions. Its last"
+        " line is one JSON object with the score, the seconds it took and the path of the report.",
         again="the same command resumes from the last checkpoint in its --workdir",
     )
     flags.add_config(parser, required=False)
@@ -44,9 +44,8 @@ def run(args: argparse.Namespace) -> None:
 
         summary = run(args.workdir or Path("runs/demo"), fast=args.fast)
     else:
-        from blip3o_jax.config import loader
+        stages = settings.load_recipe(args)
         from blip3o_jax.demo import held_out
 
-        stages = loader.load_recipe(args.config, args.overrides)
         summary = held_out.run(stages, args.workdir or default_workdir(args.config), fast=args.fast)
     print(json.dumps(summary), flush=True)

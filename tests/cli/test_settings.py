@@ -5,6 +5,7 @@ import pytest
 from blip3o_jax import cli
 
 COMMANDS = {
+    "demo": (),
     "params": (),
     "train": (),
     "rl": (),
