@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from blip3o_jax import files
 from blip3o_jax import pipeline as pipelines
 from blip3o_jax.config import Config, DataConfig, UserError
 from blip3o_jax.data import images
@@ -20,10 +21,11 @@ from blip3o_jax.data.record import BadRecord, Record, Source, read_record
 from blip3o_jax.data.sequence import text_to_image_prompt
 from blip3o_jax.data.sources import open_held_out, open_mixture
 from blip3o_jax.demo import chain
+from blip3o_jax.demo.recipe import fast_steps
 from blip3o_jax.evaluation import nearest, report
 from blip3o_jax.samples import write_images
 
-DRAWN = 96  # held-out captions, at most
+SAMPLED = 96  # held-out captions, at most
 CHUNK = 256  # training pictures in memory at once
 
 
@@ -53,7 +55,7 @@ def run(
 
 
 def _shortened(stage: Config) -> Config:
-    steps = max(4, stage.steps // 100)
+    steps = fast_steps(stage.steps)
     return dataclasses.replace(
         stage,
         steps=steps,
@@ -96,8 +98,8 @@ def _run(stages: dict[str, Config], workdir: pathlib.Path) -> dict[str, Any]:
 
 
 def held_out_pictures(pipeline: pipelines.Pipeline) -> tuple[list[Picture], int]:
-    """Return the first picture of each held-out caption, DRAWN at most, and how many captions were
-    left out because they do not fit into a row.
+    """Return the first picture of each held-out caption, SAMPLED at most, and how many captions
+    were left out because they do not fit into a row.
     """
     config = pipeline.config
     model = config.model
@@ -106,7 +108,7 @@ def held_out_pictures(pipeline: pipelines.Pipeline) -> tuple[list[Picture], int]
     too_long = 0
     for chunk in _pictures(open_held_out(config.data), config.data, model.sizes[0]):
         for picture in chunk:
-            if picture.caption in found or len(found) == DRAWN:
+            if picture.caption in found or len(found) == SAMPLED:
                 continue
             ids = text_to_image_prompt(pipeline.vocabulary, model.template, picture.caption)
             if len(ids) > room:
@@ -115,8 +117,8 @@ def held_out_pictures(pipeline: pipelines.Pipeline) -> tuple[list[Picture], int]
                 found[picture.caption] = picture
     if len(found) < 2:
         raise UserError(
-            f"{config.data.path}: {len(found)} of the held-out captions can be drawn, 2 are needed:"
-            " raise data.held_out or data.max_length"
+            f"{config.data.path}: {len(found)} of the held-out captions fit into a row, 2 are"
+            " needed: raise data.held_out or data.max_length"
         )
     return list(found.values()), too_long
 
@@ -141,8 +143,8 @@ def nearest_pictures(
 def _pictures(
     sources: Sequence[tuple[Source, float]], data: DataConfig, size: tuple[int, int]
 ) -> Iterator[list[Picture]]:
-    """Yield the captioned pictures of the sources in chunks. What cannot be read is left out, as in
-    training.
+    """Yield the captioned pictures of the sources in chunks. Records that cannot be read are left
+    out, as in training. Raises OSError for errors of the machine.
     """
 
     def picture(record: Record) -> Picture | None:
@@ -154,7 +156,8 @@ def _pictures(
     def read(source: Source, index: int) -> Picture | None:
         try:
             return read_record(source, index, picture)
-        except BadRecord:
+        except BadRecord as error:
+            files.raise_trouble(error)
             return None
 
     with concurrent.futures.ThreadPoolExecutor() as pool:

@@ -101,7 +101,7 @@ def recipe(path: str, machine: Machine | None = None) -> dict[str, config.Config
         name: evaluated(stage, len(found.captions) - len(training))
         for name, stage in demo.stages(base, extents, cache_dir="runs/own_cache").items()
     }
-    _say(found, stages)
+    _print_derived(found, stages, machine)
     return stages
 
 
@@ -116,7 +116,6 @@ def held_out_fraction(captions: Sequence[str], records: int) -> float:
             f"{len(captions)} captioned pictures are too few to hold some of them out, which takes"
             f" {MIN_RECORDS}: configs/overfit.py learns a few pictures by heart"
         )
-    wanted = min(max(HELD_OUT * len(captions), MIN_HELD_OUT), MAX_HELD_OUT)
     hashes, counts = np.unique([caption_hash(c) for c in captions], return_counts=True)
     known_N = np.cumsum(counts)  # records of the captions up to each
     wanted = min(max(HELD_OUT * records, MIN_HELD_OUT), MAX_HELD_OUT) * len(captions) / records
@@ -223,8 +222,8 @@ def evaluated(stage: config.Config, held_out: int) -> config.Config:
     return dataclasses.replace(stage, eval_every=every, eval_batches=batches)
 
 
-def _say(found: Survey, stages: Mapping[str, config.Config]) -> None:
-    """Print in one line what was derived."""
+def _print_derived(found: Survey, stages: Mapping[str, config.Config], machine: Machine) -> None:
+    """Print the derived settings, and the devices that they are for, in one line."""
     joint = stages["joint"]
     facts = (
         f"{found.records} records",
@@ -232,6 +231,9 @@ def _say(found: Survey, stages: Mapping[str, config.Config]) -> None:
         f"pictures of {joint.model.image_size} px",
         f"{joint.model.text.train_size} text pieces",
         f"rows of {joint.data.max_length} tokens (longer captions are cut)",
+        f"{machine.cores} CPU cores"
+        if machine.platform == "cpu"
+        else f"{machine.devices} x {machine.kind}",
         f"steps {', '.join(f'{name} {stage.steps}' for name, stage in stages.items())}",
     )
     print(f"{joint.data.path}: {'; '.join(facts)}", file=sys.stderr)

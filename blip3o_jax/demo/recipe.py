@@ -185,6 +185,11 @@ SAMPLING = config.SamplingConfig(
 )
 
 
+def fast_steps(steps: int) -> int:
+    """Return the steps of a smoke run in place of `steps`: too few to learn much."""
+    return max(4, steps // 100)
+
+
 class Extent(NamedTuple):
     """Hold how long a stage trains: steps, examples of a batch, tokens of a row."""
 
@@ -193,8 +198,8 @@ class Extent(NamedTuple):
     max_length: int
 
     def fast(self) -> "Extent":
-        """Return the extent of a smoke run: every step of it, too few to learn much."""
-        return self._replace(steps=max(4, self.steps // 100))
+        """Return the extent of a smoke run."""
+        return self._replace(steps=fast_steps(self.steps))
 
 
 def stages(

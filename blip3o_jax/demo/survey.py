@@ -46,7 +46,10 @@ def survey(path: str) -> Survey:
         found = [facts for facts in pool.map(look, chosen.tolist()) if facts is not None]
     if not found:
         reason = f", the last {last[-1]}" if last else ": all are of other tasks"
-        raise UserError(f"{path}: none of {count} records is a captioned image{reason}")
+        raise UserError(
+            f"{path}: none of {count} records is a captioned image{reason}; give"
+            " a data set of captioned images (docs/data.md)"
+        )
     captions, sides = zip(*found, strict=True)
     return Survey(len(source), captions, sides)
 

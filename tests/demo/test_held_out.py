@@ -1,5 +1,6 @@
-"""Train on pictures of one's own from end to end, and draw what was held out."""
+"""Train on pictures of one's own from end to end, and sample the held-out captions."""
 
+import errno
 import json
 import pathlib
 
@@ -8,7 +9,8 @@ import pytest
 from PIL import Image
 
 from blip3o_jax import cli
-from blip3o_jax.config import UserError
+from blip3o_jax.config import DataConfig, UserError
+from blip3o_jax.data.record import BadRecord
 from blip3o_jax.demo import held_out
 from tests import tiny
 
@@ -58,3 +60,12 @@ def test_a_recipe_without_held_out_captions_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"data\.held_out"):
         held_out.run(stages, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_an_error_of_the_disk_is_no_record_to_leave_out(monkeypatch):
+    def fail(source, index, use):
+        raise BadRecord("a.tar", "0", "cannot be read") from OSError(errno.EIO, "broken", "a.tar")
+
+    monkeypatch.setattr(held_out, "read_record", fail)
+    with pytest.raises(OSError, match="broken"):
+        list(held_out._pictures([(range(3), 1.0)], DataConfig(), (32, 32)))
