@@ -87,7 +87,7 @@ def verify(
             differing = _compare_weights(
                 part, source, merged.model, weights, getattr(model, part), progress
             )
-        _say(f"{part}  outputs")
+        _print_line(f"{part}  outputs")
         computations = compare.computations(part, source, seed)
         expected = [compare.run_torch(computation, model) for computation in computations]
         del model  # free PyTorch's side before the checkpoint is read
@@ -97,7 +97,7 @@ def verify(
     if skipped := _why_no_joint_loss(chosen, initialise):
         notes.append(f"joint losses were not compared: {skipped}")
     else:
-        _say("joint  losses")
+        _print_line("joint  losses")
         computation = compare.joint_computation(source, seed)
         expected = [compare.run_torch(computation, torch_files.load_torch(source, JOINT))]
         reports.append(
@@ -123,7 +123,7 @@ def _comparison() -> tuple[Any, Any]:
     return compare, torch_files
 
 
-def _say(line: str) -> None:
+def _print_line(line: str) -> None:
     print(f"verify  {line}", file=sys.stderr)
 
 
