@@ -202,7 +202,7 @@ def write(place: pathlib.Path, options: Options, base: ModelConfig | None = None
 
 
 def write_text(directory: pathlib.Path, options: Options) -> int:
-    """Write the text tokenizer's files; how many ids are text."""
+    """Write the text tokenizer's files; return how many ids are text."""
     if options.text == "sentencepiece":
         return train_sentencepiece(CAPTIONS, directory / "tokenizer.model", 400).size
     write_bpe(directory)
@@ -298,7 +298,7 @@ def save(
 
 
 def config_json(cfg: ModelConfig, text_rows: int, options: Options) -> dict[str, object]:
-    """Return it as Qwen3's before transformers 5, and what the reference's training adds."""
+    """Return Qwen3's config.json of before transformers 5, with the keys that training adds."""
     first = text_rows + 5
     return qwen3_json(cfg) | {
         "architectures": ["blip3oQwenForCausalLM"],
@@ -395,7 +395,7 @@ def read(directory: pathlib.Path) -> dict[str, torch.Tensor]:
 
 
 def check_equal(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor]) -> None:
-    """Check the same names, shapes, dtypes and bits."""
+    """Check that names, shapes, dtypes and bits are the same."""
     assert got.keys() == want.keys(), sorted(got.keys() ^ want.keys())
     for key, value in want.items():
         assert (got[key].dtype, got[key].shape) == (value.dtype, value.shape), key

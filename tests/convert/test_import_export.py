@@ -509,7 +509,7 @@ def trained(plain, tmp_path_factory):
 
 
 def once(save):
-    """Write once: only the first step's checkpoint is written."""
+    """Wrap `save` so that only the first step's checkpoint is written."""
     return lambda self, step, *args: save(self, step, *args) if step == 1 else None
 
 

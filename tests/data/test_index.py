@@ -109,7 +109,7 @@ def files(path: pathlib.Path) -> list[pathlib.Path]:
     return sorted(p for p in path.rglob("*") if p.is_file() and index.DIRECTORY not in p.parts)
 
 
-def test_a_format_that_is_not_the_data_s_is_told_before_its_index(
+def test_a_wrong_format_is_refused_without_a_word_on_the_index(
     tmp_path: pathlib.Path, capsys
 ) -> None:
     """The index that is there is sound: it is of the data's own format."""

@@ -32,7 +32,7 @@ def edited(text: str, diff: str) -> str:
 
 
 def follow(page: str, root: pathlib.Path) -> None:
-    """Follow what a page says in the tree at `root`: write its files, make its edits."""
+    """Do what a page says in the tree at `root`: write its files, make its edits."""
     for title, text in titled(HOW_TO / page).items():
         path = root / title
         path.parent.mkdir(parents=True, exist_ok=True)
