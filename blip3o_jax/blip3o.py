@@ -29,9 +29,7 @@ from blip3o_jax.dit.sampler import Guidance
 from blip3o_jax.image_tokens.contrastive import PatchReadout, TextTower
 from blip3o_jax.image_tokens.protocol import ImageTokenizer
 from blip3o_jax.parts import IMAGE_EMBEDDING_SEED_INDEX, PART_TABLE, make_part
-from blip3o_jax.rows import (
-    insert_features,
-)
+from blip3o_jax.rows import insert_features
 from blip3o_jax.vae.protocol import Autoencoder
 
 MODEL_PARTS = tuple(PART_TABLE)
@@ -255,7 +253,7 @@ def scale_pixels(pixels: jax.Array) -> jax.Array:
     """Convert uint8 to float32 in [-1, 1]: mean 0.5, std 0.5, as the SigLIP image processor and the
     autoencoder have it.
     """
-    # float32 before the division: 255 levels need more than bfloat16's 8 bits.
+    # float32 before the division: bfloat16 would round quotients from 1 to 2 by up to half a level.
     return pixels.astype(jnp.float32) / 127.5 - 1.0
 
 

@@ -182,7 +182,7 @@ def default_implementation(platform: str, dtype: str, *, whole_rows: bool) -> st
     name = "xla"
     if whole_rows and platform in PLATFORMS["splash"]:
         name = "splash"
-    # cuDNN has flash attention for 16-bit types only.
+    # cuDNN has no flash attention for float32.
     elif whole_rows and platform in PLATFORMS["cudnn"] and dtype in ("bfloat16", "float16"):
         name = "cudnn"
     rows = "whole rows" if whole_rows else "a cache"

@@ -59,7 +59,7 @@ def write_record(
     kept = directory / f"{UNREAD}.safetensors"
     if unread:
         specs = {name: (tensor.shape, tensor.dtype) for name, tensor in unread.items()}
-        # One shard whatever its size: the manifest names a single file.
+        # One shard whatever its size: the record has the checksum of a single file.
         writer = ShardedWriter(directory, UNREAD, specs, max_shard_bytes=2**62)
         for name, tensor in unread.items():
             writer.write(name, tensor.read())

@@ -290,7 +290,7 @@ def _match_tensors(
     for name, tensor in files.tensors.items():
         prefix, part = next((prefix, part) for prefix, part in prefixes if name.startswith(prefix))
         key = record.table_key(part, name.removeprefix(prefix))
-        # A stored copy of a tied head is checked (`_check_tied_head`) and noted in the record, not
+        # A stored copy of a tied head is checked (`check_tied_head`) and noted in the record, not
         # read twice.
         if part == "ar" and key == HEAD and model.ar.tie_word_embeddings:
             continue

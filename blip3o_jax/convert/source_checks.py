@@ -116,6 +116,7 @@ def _sizes(part: str, files: Files) -> str:
 
 
 def check_tied_head(files: Files, model: ModelConfig) -> None:
+    """Raise UserError if a stored head of a tied model differs from the embeddings."""
     head = files.tensors.get(HEAD)
     if head is None or not model.ar.tie_word_embeddings:
         return

@@ -321,8 +321,8 @@ def check_consistent(config: dict[str, Any], workdir: pathlib.Path, seconds: flo
             )
         else:
             with _token(workdir) as token:
-                # Host 0 publishes first and collects; the others compare. Each host so sends its
-                # differences, not its whole configuration.
+                # Host 0 publishes first and collects; the others compare, and send only their
+                # differences.
                 set_key("consistency/0", json.dumps(mine | {"token": token}))
                 inconsistencies = [
                     wait_for_key(f"consistency/{other}", seconds)

@@ -166,7 +166,9 @@ def environment(chip: str, given: Mapping[str, str]) -> dict[str, str]:
 
 
 def _libtpu() -> tuple[int, ...]:
-    """Return the version of the installed libtpu, the newest that can be where there is none."""
+    """Return the version of the installed libtpu; without one, a version after all others, so that
+    flags that any version refuses are left out.
+    """
     try:
         version = importlib.metadata.version("libtpu")
     except importlib.metadata.PackageNotFoundError:

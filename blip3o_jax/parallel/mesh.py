@@ -37,8 +37,9 @@ def make_mesh(cfg: MeshConfig, devices: Sequence[jax.Device] | None = None) -> j
             f"mesh {_named(cfg, ' x ')} does not cover {len(devices)} devices: "
             "make the product equal to it, or set one size to -1"
         )
-    # Auto axes: XLA propagates shardings between the constraints of `nn.constrain`. With Explicit
-    # axes, JAX's default, every operation would need them.
+    # Auto axes: XLA propagates shardings between the constraints of `nn.constrain`. Explicit axes,
+    # the default of `jax.make_mesh`, put shardings into the types, and every operation whose result
+    # is ambiguous would have to state its own.
     auto = (jax.sharding.AxisType.Auto,) * len(AXES)
     if cfg.slices != 1:
         return jax.sharding.Mesh(_over_slices(cfg.slices, sizes, devices), AXES, axis_types=auto)

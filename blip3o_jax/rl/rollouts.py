@@ -108,7 +108,7 @@ class RolloutIterator:
             self._batch = self._next_batch(state)
         self._iteration = (self._iteration + 1) % self._rl.num_iterations
         self.wait_seconds = time.monotonic() - began
-        # A copy: the step removes entries from its batch, which serves `num_iterations` steps.
+        # A copy: one batch serves `num_iterations` steps, whatever the caller does with its dict.
         return dict(self._batch)
 
     def position(self) -> dict[str, Any] | None:

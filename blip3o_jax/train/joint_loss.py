@@ -39,8 +39,8 @@ class TrainingNoise(NamedTuple):
     Each example's are sampled from its key, so that they do not depend on how the batch is split.
     """
 
-    noise: jax.Array  # [B, draws, H, W, C]
-    sigma: jax.Array  # [B, draws]
+    noise: jax.Array  # [B, flow_samples, H, W, C]
+    sigma: jax.Array  # [B, flow_samples]
     captioned_B: jax.Array  # whether the image tokens see the prompt
     keep_B: jax.Array  # whether the hidden states are kept
     keep_references_B: jax.Array
@@ -55,8 +55,10 @@ def sample_training_noise(
         noise_key, sigma_key, drop_key = jax.random.split(key, 3)
         noise = jax.random.normal(noise_key, (loss.flow_samples, *shape), jnp.float32)
         sigma = flow.sample_train_sigma(sigma_key, loss.flow_samples, cfg.flow)
-        # One uniform number for three exclusive events: below `condition_dropout` both prompt and
-        # references go, above it and below the sum the instruction alone.
+        # One uniform number for all kinds of dropout: hidden states and references are dropped in
+        # the rows below `condition_dropout`, hidden states alone in those from there to the sum
+        # with `instruction_dropout`, and captions in those below `caption_dropout`, which with
+        # equal fractions are the same rows as the first.
         chance, both = jax.random.uniform(drop_key), loss.condition_dropout
         return TrainingNoise(
             noise,
@@ -79,9 +81,8 @@ def joint_loss(
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Return the loss of the module and its metrics, means over the given rows.
 
-    `image_token_offset` is the vocabulary id of the
-    first codebook entry. The batch holds the `joint_normalizers` of the whole batch for each
-    example.
+    `image_token_offset` is the vocabulary id of the first codebook entry. The batch holds the
+    `joint_normalizers` of the whole batch for each example.
     """
     batch, keys_B = flatten_packed(batch), keys_B.reshape(-1)
     out, cfg = _joint_forward(model, batch, keys_B, loss, image_token_offset), model.cfg
@@ -100,8 +101,8 @@ def joint_loss(
             ),
         )
     labels = jnp.sum(batch["label_count"])
-    # Divided by the labels of the whole batch, not of these rows: micro-batches and devices then
-    # add up to one mean over tokens, however the labels are spread over them.
+    # The whole batch's mean labels an example, times the examples here, not the labels here: the
+    # mean over micro-batches is then one mean over tokens, however the labels are spread.
     ce = ce_sum / labels
     fm_B = flow.flow_loss(out.velocity_BHWC, out.z_BHWC, out.noise_BHWC)
     if "target" in batch:

@@ -97,8 +97,8 @@ def batch_needs(config: Config, plan: StatePlan, strategy: Strategy) -> list[Nee
         else f"at most {max(1, int(room / each)) * shards} fit without the model, "
     )
     setting = f"data.batch_size={config.data.batch_size}"
-    # The contrastive loss has a term for every pair of an image and a caption.
-    # Each device has its images against the captions of all devices, float32.
+    # The contrastive loss has a float32 term for every pair of a device's images with the captions
+    # of all devices.
     pairs = 4.0 * micro * micro * shards if config.stage == "contrastive" else 0.0
     need = batch * given + micro * (each - given) + pairs
     if pairs:
