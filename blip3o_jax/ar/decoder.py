@@ -277,15 +277,9 @@ class Decoder(nnx.Module):
         else:
             carry = (x_BLD, past.k_YBGSK, past.v_YBGSK)
             indices = jnp.arange(self.cfg.num_hidden_layers)
+            # No remat: decoding has no backward pass, and the barriers would only prevent fusion.
             (x_BLD, k_YBGSK, v_YBGSK), _ = nn.scan(
-                # Decoding has no backward pass, so that rematerialisation would only add barriers
-                # to fusion.
-                self.layers,
-                step,
-                carry,
-                indices,
-                remat="none",
-                unroll=False,
+                self.layers, step, carry, indices, remat="none", unroll=False
             )
         return self.norm(x_BLD), present._replace(k_YBGSK=k_YBGSK, v_YBGSK=v_YBGSK)
 

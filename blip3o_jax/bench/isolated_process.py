@@ -46,14 +46,10 @@ def run_isolated(
                 str(work_file),
                 str(row_file),
             ]
+            # The pipe is never written to: it ends when this process does, which ends the child
+            # (`_end_with_parent`).
             process = subprocess.Popen(
-                # The pipe is never written to: it ends when this process does, which ends the child
-                # (`_end_with_parent`).
-                command,
-                env=environment,
-                stdin=subprocess.PIPE,
-                stdout=log,
-                stderr=log,
+                command, env=environment, stdin=subprocess.PIPE, stdout=log, stderr=log
             )
             try:
                 status = _wait(process, name)

@@ -239,9 +239,8 @@ def _load_index(
     for path in () if rebuild == ALL else _index_paths(shard, shard_format):
         try:
             header, arrays = unpack(path)
-            if (
-                header["kind"] != shard_format.kind
-            ):  # whether the shard is of this one, `build` says
+            # An index of another format is not damaged; `build` refuses a shard of that format.
+            if header["kind"] != shard_format.kind:
                 continue
             index = ShardIndex(arrays, header)
             _check_layout(index, shard_format)

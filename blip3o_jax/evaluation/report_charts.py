@@ -16,13 +16,14 @@ LOG_RATIO = 30  # a metric that falls by more than this is drawn on a logarithmi
 GOLDEN = (5**0.5 - 1) / 2
 
 
-def wilson_interval(share: float, count: int, z: float = 1.96) -> tuple[float, float]:
+def wilson_interval(fraction: float, count: int, z: float = 1.96) -> tuple[float, float]:
     """Return the Wilson score interval of a fraction of `count` independent trials, at 95 % by
     default: E. B. Wilson, Probable inference (1927), JASA 22."""
     if not count:
         return 0.0, 1.0
-    center = (share + z * z / (2 * count)) / (1 + z * z / count)
-    half = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count**2)) / (1 + z * z / count)
+    center = (fraction + z * z / (2 * count)) / (1 + z * z / count)
+    variance = fraction * (1 - fraction) / count + z * z / (4 * count**2)
+    half = z * math.sqrt(variance) / (1 + z * z / count)
     return max(0.0, center - half), min(1.0, center + half)
 
 
