@@ -18,6 +18,7 @@ from typing import Any
 
 from blip3o_jax import files
 from blip3o_jax.config import ConfigError, TemplateConfig, TextConfig, UserError
+from blip3o_jax.config.errors import type_and_line
 
 END_OF_TEXT = "<|endoftext|>"
 START_OF_TURN = "<|im_start|>"
@@ -111,7 +112,10 @@ class SentencePieceTokenizer(TextTokenizer):
             "prepare the data set again, or point model.text.path at a SentencePiece .model file",
         )
         try:
-            return cls(file.read_bytes())
+            proto = file.read_bytes()
+            if not proto:  # sentencepiece would make a model without pieces of it
+                raise RuntimeError("the file is empty")
+            return cls(proto)
         except RuntimeError as error:
             raise ConfigError(
                 f"{file}: not a SentencePiece model ({error}); check model.text.kind"
@@ -145,7 +149,9 @@ class BpeTokenizer(TextTokenizer):
         contents = contents | {"added_tokens": [], "truncation": None, "padding": None}
         self._bpe = tokenizers.Tokenizer.from_str(json.dumps(contents))
         specials = {token["content"]: token["id"] for token in self._added}
-        last = max(itertools.chain(contents["model"]["vocab"].values(), specials.values()))
+        vocab = contents["model"]["vocab"]
+        _check_special_ids(specials, vocab)
+        last = max(itertools.chain(vocab.values(), specials.values()))
         super().__init__(last + 1, specials)
 
     @classmethod
@@ -155,17 +161,24 @@ class BpeTokenizer(TextTokenizer):
         Raises ConfigError, naming the path, for a file that is missing or not byte-level BPE.
         """
         file = path / BPE_FILE if path.is_dir() else path
-        if not file.is_file() and (path / "vocab.json").is_file():
-            contents = _qwen_contents(path)
-        else:
+        old = not file.is_file() and (path / "vocab.json").is_file()
+        if not old:
             _check_file(
                 file,
                 "point model.text.path at Qwen's tokenizer.json, or at a directory with it or with "
                 "vocab.json",
             )
-            contents = _read_json(file)
-        _check_byte_level(path, contents)
-        return cls(contents)
+        try:
+            contents = _qwen_contents(path) if old else _read_json(file)
+            _check_byte_level(path, contents)
+            return cls(contents)
+        except (ConfigError, OSError):
+            raise
+        except Exception as error:  # tokenizers raises no narrower kind
+            raise ConfigError(
+                f"{path}: not the files of a BPE tokenizer ({type_and_line(error)}); copy them "
+                "again"
+            ) from error
 
     def encode(self, text: str) -> list[int]:
         return self._bpe.encode(text, add_special_tokens=False).ids
@@ -305,6 +318,18 @@ def _qwen_contents(directory: pathlib.Path) -> dict[str, Any]:
         "decoder": byte_level,
         "model": {"type": "BPE", "vocab": _read_json(directory / "vocab.json"), "merges": merges},
     }
+
+
+def _check_special_ids(specials: dict[str, Any], vocab: dict[str, int]) -> None:
+    """Raise ValueError unless each special token has an id of its own, which no text reaches."""
+    names = {token_id: name for name, token_id in vocab.items()}
+    for name, token_id in specials.items():
+        if type(token_id) is not int or token_id < 0:
+            raise ValueError(f"the added token {name!r} has the id {token_id!r}")
+        if names.setdefault(token_id, name) != name:
+            raise ValueError(
+                f"the added token {name!r} has the id {token_id} of {names[token_id]!r}"
+            )
 
 
 def _check_byte_level(path: pathlib.Path, contents: Any) -> None:

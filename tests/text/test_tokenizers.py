@@ -194,10 +194,35 @@ def test_errors_name_the_path(kind, tmp_path):
     with pytest.raises(ConfigError, match=f"no text tokenizer at {tmp_path}/tokenizer"):
         load_tokenizer(TextConfig(kind, str(tmp_path)))
     garbage = tmp_path / "garbage"
-    for contents in (b"{", b"[]", b'{"model": {"type": "Unigram", "vocab": []}}', b"\xff\x00"):
+    for contents in (b"", b"{", b"[]", b'{"model": {"type": "Unigram", "vocab": []}}', b"\xff\x00"):
         garbage.write_bytes(contents)
         with pytest.raises(ConfigError, match=str(garbage)):
             load_tokenizer(TextConfig(kind, str(garbage)))
+
+
+@pytest.mark.parametrize(
+    ("name", "contents"),
+    [
+        ("merges.txt", b"\xff"),
+        ("merges.txt", b"a b c d\n"),
+        ("vocab.json", b"[]"),
+        ("tokenizer_config.json", b"[]"),
+        ("tokenizer_config.json", b'{"added_tokens_decoder": {"x": {"content": "<a>"}}}'),
+        ("tokenizer_config.json", b'{"added_tokens_decoder": {"-5": {"content": "<a>"}}}'),
+        ("tokenizer_config.json", b'{"added_tokens_decoder": {"7": {"content": "<a>"}}}'),
+    ],
+)
+def test_bpe_files_of_another_structure_are_an_error_of_one_line(bpe_dir, name, contents):
+    stored = json.loads((bpe_dir / "tokenizer.json").read_text())
+    (bpe_dir / "tokenizer.json").unlink()
+    (bpe_dir / "vocab.json").write_text(json.dumps(stored["model"]["vocab"]))
+    (bpe_dir / "merges.txt").write_text("")
+    (bpe_dir / "tokenizer_config.json").write_text("{}")
+    assert BpeTokenizer.from_path(bpe_dir).size == len(stored["model"]["vocab"])
+    (bpe_dir / name).write_bytes(contents)
+    with pytest.raises(ConfigError, match=str(bpe_dir)) as caught:
+        BpeTokenizer.from_path(bpe_dir)
+    assert "\n" not in str(caught.value)
 
 
 def test_bpe_without_all_bytes_is_refused(bpe_dir):
