@@ -124,9 +124,11 @@ class Progress:
         else:
             eta = self.eta()
             time_left = f"ETA {'unknown' if eta is None else _duration(eta)}"
-        line = f"  {self._before}{amounts}{self._after}  {time_left}"
-        title = _shortened(self.title, min(LONGEST_TITLE, width - len(line)))
-        line = (title + line)[:width]
+        line = f"{self._before}{amounts}{self._after}  {time_left}"
+        room = min(LONGEST_TITLE, width - len(line) - 2)
+        if room > 3:  # less would be dots alone
+            line = f"{_shortened(self.title, room)}  {line}"
+        line = line[:width]
         for value in self._values:
             if len(line) + 2 + len(value) > width:
                 break
@@ -167,7 +169,8 @@ class _Display:
             self._active.append(progress)
             if self._live is None and sys.stderr.isatty():
                 self._live = _live(self._text)
-                self._live.start()
+                if self._live is not None:
+                    self._live.start()
 
     def remove(self, progress: Progress, line: str) -> None:
         with self._lock:
@@ -199,7 +202,9 @@ _display = _Display()
 
 
 def _live(text: Callable[[], Any]) -> Any:
-    """Return rich's display of `text()`, which also prints other lines on stderr above it."""
+    """Return rich's display of `text()`, which also prints other lines on stderr above it; None for
+    a terminal that cannot draw a line again (TERM=dumb, TTY_INTERACTIVE=0), where it shows nothing.
+    """
     from rich.console import Console
     from rich.live import Live
 
@@ -208,9 +213,12 @@ def _live(text: Callable[[], Any]) -> Any:
         def show_cursor(self, show: bool = True) -> bool:
             return False
 
+    console = VisibleCursor(stderr=True)
+    if not console.is_interactive:
+        return None
     return Live(
         get_renderable=text,
-        console=VisibleCursor(stderr=True),
+        console=console,
         refresh_per_second=REFRESHES,
         transient=True,
         redirect_stdout=False,  # rich would send it to stderr

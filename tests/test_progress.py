@@ -62,6 +62,7 @@ def test_a_line_has_at_most_80_columns(clock):
         line = work.line()
         assert len(line) <= 80 and "xx.tar  1/1000000 images  ETA 11d 13:46" in line
         assert len(work.line(40)) <= 40
+        assert work.line(20) == "1/1000000 images  ET"  # no dots of a title
 
 
 def test_short_work_prints_nothing_and_lines_keep_their_interval(clock, capsys):
@@ -90,13 +91,25 @@ def test_one_of_several_hosts_is_quiet(clock, capsys):
     assert capsys.readouterr().err == ""
 
 
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize(("name", "value"), [("TERM", "dumb"), ("TTY_INTERACTIVE", "0")])
+def test_a_terminal_that_cannot_draw_a_line_again_has_lines(monkeypatch, clock, name, value):
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv(name, value)
+    with Progress("joint", 4) as work:
+        clock.seconds += 6
+        work.update(2)
+        assert terminal.getvalue() == "joint  2/4  ETA 0:06\n"
+
+
 def test_on_a_terminal_other_lines_come_above_and_the_last_state_stays(monkeypatch):
     """Nested work has a line each; both are gone in the end, but for their last states."""
-
-    class Terminal(io.StringIO):
-        def isatty(self):
-            return True
-
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
     monkeypatch.setenv("TERM", "xterm")
