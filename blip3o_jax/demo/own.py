@@ -63,6 +63,9 @@ CPU_SIDE = 64
 CPU_ROW = 256  # tokens; longer rows take the time that pictures need
 ACCELERATOR_ROW = 512
 ROW_QUANTILE = 0.995
+PIECES = 448  # of text, with room for the bytes, USUAL_LETTERS, and syllables
+MAX_PIECES = 4096
+USUAL_LETTERS = 96
 ACCELERATOR_SIZES = demo.Sizes(width=384, ar_layers=6, dit_layers=6, codes=2048, dtype="bfloat16")
 
 
@@ -72,7 +75,10 @@ def recipe(path: str, machine: Machine | None = None) -> dict[str, config.Config
     """
     machine = machine or find_machine()
     found = survey(path)
-    held_out = held_out_fraction(found.captions, found.records)
+    try:
+        held_out = held_out_fraction(found.captions, found.records)
+    except UserError as error:
+        raise UserError(f"{path}: {error}{found.left_out and f'; {found.left_out}'}") from error
     training = [caption for caption in found.captions if not is_held_out(caption, held_out)]
     on_cpu = machine.platform == "cpu"
     sizes = dataclasses.replace(
@@ -137,12 +143,18 @@ def image_side(sides: Iterable[int], largest: int) -> int:
 
 
 def text_pieces(captions: Iterable[str]) -> int:
-    """Return the size of the text vocabulary: room for bytes and letters, and a piece for each word
-    that occurs four times or more.
+    """Return the size of the text vocabulary: room for bytes and letters, of which scripts such as
+    Chinese have thousands, and a piece for each word that occurs four times or more.
     """
     words = Counter(word for caption in captions for word in caption.split())
     frequent = sum(count >= 4 for count in words.values())
-    return min(4096, 448 + 64 * math.ceil(frequent / 64))
+    letters = len({letter for word in words for letter in word})
+    # SentencePiece refuses a vocabulary without room for the letters.
+    more = max(0, letters - USUAL_LETTERS)
+    return max(
+        min(MAX_PIECES, PIECES + 64 * math.ceil((more + frequent) / 64)),
+        PIECES + 64 * math.ceil(more / 64),
+    )
 
 
 def row_lengths(
@@ -227,6 +239,7 @@ def _print_derived(found: Survey, stages: Mapping[str, config.Config], machine: 
     joint = stages["joint"]
     facts = (
         f"{found.records} records",
+        *([found.left_out] if found.left_out else []),
         f"{100 * joint.data.held_out:.1f} % of captions held out",
         f"pictures of {joint.model.image_size} px",
         f"{joint.model.text.train_size} text pieces",

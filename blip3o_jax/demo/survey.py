@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -17,12 +18,14 @@ MAX_RECORDS = 20_000  # records read; of a larger set they are spread over all o
 @dataclasses.dataclass(frozen=True)
 class Survey:
     """Hold the number of records of a data set; and of the text-to-image records that were read,
-    the captions and the shorter sides of the images, pixels.
+    the captions and the shorter sides of the images, pixels. `left_out` says how many of those read
+    were left out and why, "" where none was.
     """
 
     records: int
     captions: tuple[str, ...]
     sides: tuple[int, ...]
+    left_out: str = ""
 
 
 def survey(path: str) -> Survey:
@@ -31,27 +34,34 @@ def survey(path: str) -> Survey:
     """
     source = open_source(SourceConfig(path))
     count = min(len(source), MAX_RECORDS)
-    last: list[BadRecord] = []
 
-    def look(index: int) -> tuple[str, int] | None:
+    def look(index: int) -> tuple[str, int] | BadRecord | None:
         try:
             return read_record(source, index, _facts)
         except BadRecord as error:
             files.raise_trouble(error)
-            last.append(error)
-            return None
+            return error
 
     with concurrent.futures.ThreadPoolExecutor(16) as pool:
         chosen = np.linspace(0, len(source) - 1, count).astype(int)
-        found = [facts for facts in pool.map(look, chosen.tolist()) if facts is not None]
+        looked = list(pool.map(look, chosen.tolist()))
+    found = [facts for facts in looked if isinstance(facts, tuple)]
+    bad = [error for error in looked if isinstance(error, BadRecord)]
     if not found:
-        reason = f", the last {last[-1]}" if last else ": all are of other tasks"
+        reason = f", the first: {bad[0]}" if bad else ": all are of other tasks"
         raise UserError(
             f"{path}: none of {count} records is a captioned image{reason}; give"
             " a data set of captioned images (docs/data.md)"
         )
     captions, sides = zip(*found, strict=True)
-    return Survey(len(source), captions, sides)
+    return Survey(len(source), captions, sides, _left_out(bad, looked.count(None)))
+
+
+def _left_out(bad: Sequence[BadRecord], others: int) -> str:
+    reasons = [f"{others} records are of other tasks"] if others else []
+    if bad:
+        reasons.append(f"{len(bad)} records cannot be read (first {bad[0]})")
+    return " and ".join(reasons)
 
 
 def _facts(record: Record) -> tuple[str, int] | None:

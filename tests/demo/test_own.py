@@ -1,6 +1,7 @@
 """The recipe for one's own pictures follows from the pictures and the devices."""
 
 import dataclasses
+import re
 
 import pytest
 
@@ -73,6 +74,27 @@ def test_rows_hold_nearly_all_captions_and_no_more_than_the_limit():
     long = (*CAPTIONS, " ".join(CAPTIONS[:40]))  # one of 901 does not stretch the rows
     assert own.row_lengths(long, CAPTIONS, model, 256) == (alone, row)
     assert own.row_lengths([long[-1]] * 9, CAPTIONS, model, 128) == (128, 128)
+
+
+def test_a_script_of_many_letters_has_a_vocabulary():
+    captions = [
+        "".join(chr(0x4E00 + (i * 37 + k * 91) % 3000) for k in range(9)) for i in range(300)
+    ]
+    model = demo.model(64, sizes=demo.Sizes(text_pieces=own.text_pieces(captions)))
+    assert own.row_lengths(captions, captions, model, 256)[0] >= 16  # a piece for most letters
+
+
+def test_what_is_left_out_is_told(tmp_path, capsys):
+    folder = tiny.write_data(tmp_path / "images", CAPTIONS[:240])
+    lines = (folder / "captions.jsonl").read_text().splitlines()
+    (folder / "captions.jsonl").write_text("\n".join([*lines[:210], *["[]"] * 5]))
+    told = r"5 records cannot be read \(first .*line 211: the JSON is not an object\)"
+    own.recipe(str(folder), TWO_CORES)
+    assert re.search(told, capsys.readouterr().err)
+    (folder / "captions.jsonl").write_text("\n".join([*lines[:9], *["[]"] * 5]))
+    told = told.replace("211", "10")
+    with pytest.raises(UserError, match=f"{folder}: 9 captioned pictures are too few.*{told}"):
+        own.recipe(str(folder), TWO_CORES)
 
 
 def test_steps_follow_time_data_and_devices():
