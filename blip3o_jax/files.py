@@ -176,8 +176,11 @@ def make_directories(path: pathlib.Path) -> list[pathlib.Path]:
     try:
         _check_links(path)
         for missing in reversed([each for each in (path, *path.parents) if not each.exists()]):
+            # PATH/.. is missing before PATH is made, and another process may make one too.
+            there = missing.exists()
             missing.mkdir(exist_ok=True)
-            made.append(missing)
+            if not there:
+                made.append(missing)
     except OSError:
         remove_empty(made)
         raise

@@ -183,3 +183,11 @@ def test_looking_changes_nothing(tmp_path):
     files.check_out_directory(tmp_path / "a" / "b")
     files.check_out_file(tmp_path / "c")
     assert not list(tmp_path.iterdir())
+
+
+def test_directories_made_for_nothing_are_gone_again(tmp_path):
+    """Where a missing directory is left by "..", the one above is not taken for made."""
+    made = files.make_directories(tmp_path / "gone" / ".." / "runs" / "mine")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["gone", "runs"]
+    files.remove_empty(made)
+    assert list(tmp_path.iterdir()) == []
