@@ -64,3 +64,10 @@ def test_nothing_held_out_is_an_error_that_says_so(folder):
     with pytest.raises(UserError, match=r"raise data\.held_out"):
         sources_lib.open_held_out(data)
     assert sources_lib.open_held_out(dataclasses.replace(data, held_out=0.0)) == []
+
+
+def test_nothing_left_to_train_on_is_an_error_that_says_so(tmp_path):
+    folder = tiny.write_data(tmp_path / "alike", ("a cat",) * 3)
+    assert is_held_out("a cat", 0.5)
+    with pytest.raises(UserError, match=rf"held_out=0\.5 holds out all records of {folder}"):
+        sources_lib.open_mixture(DataConfig(path=str(folder), held_out=0.5))

@@ -22,16 +22,24 @@ def open_mixture(
     data: config.DataConfig, processes: ProcessGroup = ProcessGroup()
 ) -> list[tuple[Source, float]]:
     """Return the sources that a run trains on, with their weights: without the records that
-    `data.held_out` holds out. `processes` are those that open them together.
+    `data.held_out` holds out. `processes` are those that open them together. Raises UserError for a
+    source whose records are all held out.
     """
     if not data.all_sources:
         raise config.ConfigError(
             "data.path is empty: set --config.data.path to a data set, or data.sources to a mixture"
         )
-    return [
+    sources = [
         (open_source(source, processes, held_out=(data.held_out, False)), source.weight)
         for source in data.all_sources
     ]
+    for source, _ in sources:
+        if not len(source):
+            raise UserError(
+                f"data.held_out={data.held_out:g} holds out all records of {source.name}: its"
+                " captions are too alike; lower data.held_out, or set it to 0"
+            )
+    return sources
 
 
 def open_held_out(
