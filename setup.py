@@ -51,7 +51,7 @@ setup(
             "protobuf>=7.36",
         ],
         "rl": ["rapidocr>=3.10,<4", "onnxruntime>=1.20"],
-        # uvicorn: its connection is subclassed (serving.py).
+        # uvicorn: its connection is subclassed (serving/connections.py).
         "serve": ["starlette>=1,<2", "uvicorn>=0.54,<1", "prometheus-client>=0.22,<1"],
         "docs": [
             "mkdocs>=1.6,<2",

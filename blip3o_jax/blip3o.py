@@ -24,11 +24,11 @@ from blip3o_jax import nn
 from blip3o_jax.ar.protocol import LanguageModel
 from blip3o_jax.config import ModelConfig, SamplingConfig
 from blip3o_jax.connector import Connector
+from blip3o_jax.dit.guidance import Guidance
 from blip3o_jax.dit.protocol import Condition, DiffusionHead, LatentConcat
-from blip3o_jax.dit.sampler import Guidance
 from blip3o_jax.image_tokens.contrastive import PatchReadout, TextTower
 from blip3o_jax.image_tokens.protocol import ImageTokenizer
-from blip3o_jax.parts import IMAGE_EMBEDDING_SEED_INDEX, PART_TABLE, make_part
+from blip3o_jax.part_registry import IMAGE_EMBEDDING_SEED_INDEX, PART_TABLE, make_part
 from blip3o_jax.rows import insert_features
 from blip3o_jax.vae.protocol import Autoencoder
 
@@ -43,8 +43,8 @@ Features = tuple[jax.Array, jax.Array, jax.Array]
 class Blip3o(nnx.Module):
     """Hold the parts named in `parts` as attributes of those names.
 
-    The type of a part's settings selects its family (parts.py). Each part is initialised from a
-    separate key, so that its initial weights do not depend on the other parts, nor on LoRA
+    The type of a part's settings selects its family (part_registry.py). Each part is initialised
+    from a separate key, so that its initial weights do not depend on the other parts, nor on LoRA
     (nn.Linear).
     """
 

@@ -18,7 +18,7 @@ from blip3o_jax import config
 from blip3o_jax.config import ModelConfig
 from blip3o_jax.convert import conversions, mapping
 from blip3o_jax.image_tokens.siglip2 import SiglipVision
-from blip3o_jax.parts import PART_TABLE, Family, resolve
+from blip3o_jax.part_registry import PART_TABLE, Family, resolve
 
 
 def _autoencoder_of(channels: int) -> config.DcAeConfig:

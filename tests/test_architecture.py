@@ -10,18 +10,18 @@ import pytest
 PACKAGE = pathlib.Path(__file__).parent.parent / "blip3o_jax"
 LAYERS = (
     ("exits",),
-    ("config", "nn", "lora", "connections", "serving", "progress", "provenance"),
+    ("config", "nn", "lora", "serving", "progress", "provenance"),
     ("files",),
     ("checksums",),
     ("text",),
     ("data",),
     ("rows",),
     ("ar", "image_tokens", "dit", "vae", "connector"),
-    ("parts",),
+    ("part_registry",),
     ("blip3o",),
     ("parallel",),
     ("train",),
-    ("model_table", "samples", "sampling_programs", "pipeline"),
+    ("parameter_counts", "samples", "sampling_programs", "pipeline"),
     ("rl",),
     ("evaluation",),
     ("demo",),
@@ -165,7 +165,7 @@ def test_a_tasks_files_are_there_and_define_what_the_page_names(task):
     there += [PACKAGE / name for name in re.findall(r"\((\w+/\w+\.py)\)", how)]
     known = set().union(*(defined(path) for path in there))
     # What the interfaces of a new file are called, and settings of a run.
-    for path in ("config/run.py", "config/train.py", "rl/policy.py", "data/record.py"):
+    for path in ("config/run.py", "config/train.py", "rl/protocol.py", "data/record.py"):
         known |= defined(PACKAGE / path)
     known |= {"create"}  # of a reward's own file
     for name in mentioned:

@@ -14,7 +14,7 @@ from blip3o_jax import blip3o
 from blip3o_jax.train.joint_loss import joint_loss, sample_training_noise
 from blip3o_jax.train.stages import STAGES, make_loss
 from blip3o_jax.train.state import create_state, plan_state
-from blip3o_jax.train.step import example_keys, make_step
+from blip3o_jax.train.train_step import example_keys, make_step
 from tests import tiny
 from tests.conftest import relative_error
 

@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from blip3o_jax import config, lora, model_table, nn
+from blip3o_jax import config, lora, nn, parameter_counts
 from blip3o_jax.blip3o import Blip3o, path_name
 from blip3o_jax.dit.protocol import Condition
 from tests import tiny
@@ -210,7 +210,7 @@ def test_sharded_is_the_same(alone):
 
 def test_parameters_are_counted():
     run = tiny.run_config(trainable=(".*/lora_.*",))
-    counts = model_table.count_parameters(dataclasses.replace(run, model=CFG))
+    counts = parameter_counts.count_parameters(dataclasses.replace(run, model=CFG))
     d, f, kv = 32, 64, 16
     assert counts["ar"]["trainable"] == 2 * 3 * ((d + d) + (d + kv) + (d + d) + (f + d))
     assert counts["dit"]["trainable"] == 2 * 2 * (8 * 2 * d + (d + 2 * f) + (f + d))

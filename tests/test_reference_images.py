@@ -20,9 +20,10 @@ from blip3o_jax import blip3o, config, nn, sampling_programs
 from blip3o_jax.convert import mapping, torch_model
 from blip3o_jax.data.sequence import pack_rows
 from blip3o_jax.train import checkpoint, supervised
+from blip3o_jax.train.freezing import trainable_filter
 from blip3o_jax.train.joint_loss import joint_loss, sample_training_noise
 from blip3o_jax.train.metrics import read_rows
-from blip3o_jax.train.stages import stage_parts, trainable_filter
+from blip3o_jax.train.stages import stage_parts
 from blip3o_jax.train.state import plan_state
 from tests import stock_weights, tiny
 from tests.conftest import relative_error

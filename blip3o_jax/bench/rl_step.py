@@ -39,14 +39,14 @@ from blip3o_jax.dit import sampler
 from blip3o_jax.parallel.batches import global_batch
 from blip3o_jax.parallel.rules import Strategy
 from blip3o_jax.provenance import provenance
-from blip3o_jax.rl import grpo, method, reward_batch, rollout_programs
+from blip3o_jax.rl import grpo, reward_batch, rollout_programs, trainer
 from blip3o_jax.rl.flow_policy import guided_velocity_fn
+from blip3o_jax.rl.log_probs import teacher_forced_states
 from blip3o_jax.rl.loss import make_loss, normalizers
-from blip3o_jax.rl.policy import RolloutArrays
 from blip3o_jax.rl.prompts import PromptRows, prompt_indices
+from blip3o_jax.rl.protocol import RolloutArrays
 from blip3o_jax.rl.reward_batch import RewardBatch
 from blip3o_jax.rl.rewards.pool import RewardPool
-from blip3o_jax.rl.scoring import teacher_forced_states
 from blip3o_jax.sampling_programs import (
     prepare_latents,
     sample_image_tokens,
@@ -56,7 +56,7 @@ from blip3o_jax.sampling_programs import (
 from blip3o_jax.train.initialize import restore_init_parts
 from blip3o_jax.train.stages import Loss
 from blip3o_jax.train.state import StatePlan, TrainState, create_state, plan_state
-from blip3o_jax.train.step import make_step
+from blip3o_jax.train.train_step import make_step
 from blip3o_jax.train.vocabulary import with_vocabulary
 
 PHASES = ("sample", "reward", "reference", "update")
@@ -81,7 +81,7 @@ class _Variant:
 def bench(config: Config, out: pathlib.Path, *, rounds: int, command: str) -> dict[str, Any]:
     """Time `rounds` rollouts and updates of both variants and write `out`/rl.json. UserError for
     settings that cannot be compared."""
-    config = method.resolved(config)
+    config = trainer.resolved(config)
     rl = config.rl
     if rl.policy != "ar" or not rl.kl_coef or rl.rollout.top_k or rl.rollout.top_p < 1:
         raise UserError(

@@ -29,7 +29,7 @@ def run(args: argparse.Namespace) -> None:
         raise UserError("--config.* changes a --config; a --checkpoint has its own settings")
     given = settings.load(args) if args.config is not None else None
     # Late: they import jax.
-    from blip3o_jax import model_table
+    from blip3o_jax import parameter_counts
     from blip3o_jax.train import checkpoint
     from blip3o_jax.train.vocabulary import expected_vocabulary
 
@@ -39,4 +39,4 @@ def run(args: argparse.Namespace) -> None:
         root, _ = checkpoint.find(args.checkpoint)
         config = checkpoint.read_config(root)
         note = f"vocabulary: {config.model.ar.vocab_size:,} ids, by the checkpoint {root}"
-    model_table.print_table(config, note)
+    parameter_counts.print_table(config, note)

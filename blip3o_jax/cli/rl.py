@@ -44,8 +44,8 @@ def run(args: argparse.Namespace) -> int:
     config = settings.load(args)
 
     def job(workdir: Path) -> None:
-        from blip3o_jax.rl import method
+        from blip3o_jax.rl import trainer
 
-        method.run(config, workdir)
+        trainer.run(config, workdir)
 
     return on_all_hosts(args, {"": config}, job)

@@ -27,7 +27,7 @@ def check_names(config: Config) -> None:
     its schedule, with their arguments, the policy and the rewards. It asks for no devices.
     """
     # Late: they import jax, which --help does not wait for.
-    from blip3o_jax.rl.policies import check_policy
+    from blip3o_jax.rl.registry import check_policy
     from blip3o_jax.rl.rewards.registry import check_name
     from blip3o_jax.train.optimizer import check_arguments
 

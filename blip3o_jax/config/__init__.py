@@ -9,9 +9,15 @@ Fields of a network carry the names of the library class it matches (transformer
 published config.json reads straight into them.
 """
 
-from blip3o_jax.config.autoencoder import AutoencoderConfig, DcAeConfig
+from blip3o_jax.config.ar import (
+    QWEN_LINEAR,
+    LanguageModelConfig,
+    Qwen2Config,
+    Qwen3Config,
+    QwenConfig,
+)
 from blip3o_jax.config.data import DataConfig, SourceConfig
-from blip3o_jax.config.diffusion import (
+from blip3o_jax.config.dit import (
     MMDIT_LINEAR,
     SANA_LINEAR,
     ConnectorConfig,
@@ -22,19 +28,12 @@ from blip3o_jax.config.diffusion import (
 )
 from blip3o_jax.config.errors import ConfigError, UserError, check, check_choice
 from blip3o_jax.config.fields import MODEL_TYPE, PartConfig
-from blip3o_jax.config.image_tokenizer import (
+from blip3o_jax.config.image_tokens import (
     ImageTokenizerConfig,
     SiglipVisionConfig,
     TaTokConfig,
     TaTokDecoderConfig,
     TextTowerConfig,
-)
-from blip3o_jax.config.language_model import (
-    QWEN_LINEAR,
-    LanguageModelConfig,
-    Qwen2Config,
-    Qwen3Config,
-    QwenConfig,
 )
 from blip3o_jax.config.loader import Overrides, load, load_recipe
 from blip3o_jax.config.lora import LoraConfig
@@ -54,6 +53,7 @@ from blip3o_jax.config.serializer import (
 from blip3o_jax.config.text import TemplateConfig, TextConfig
 from blip3o_jax.config.train import CheckpointConfig, LossConfig, OptimizerConfig, ScheduleConfig
 from blip3o_jax.config.types import REMAT, Dtype, Part, Remat
+from blip3o_jax.config.vae import AutoencoderConfig, DcAeConfig
 
 __all__ = [
     "DIFFUSION_HEADS",

@@ -4,9 +4,9 @@ import dataclasses
 import math
 from typing import Annotated
 
-from blip3o_jax.config.autoencoder import AutoencoderConfig, DcAeConfig
+from blip3o_jax.config.ar import LanguageModelConfig, Qwen3Config
 from blip3o_jax.config.constraints import Bounds, Length, Unique
-from blip3o_jax.config.diffusion import (
+from blip3o_jax.config.dit import (
     ConnectorConfig,
     DiffusionHeadConfig,
     FlowConfig,
@@ -14,14 +14,14 @@ from blip3o_jax.config.diffusion import (
 )
 from blip3o_jax.config.errors import check
 from blip3o_jax.config.fields import ConfigGroup
-from blip3o_jax.config.image_tokenizer import (
+from blip3o_jax.config.image_tokens import (
     ImageTokenizerConfig,
     TaTokConfig,
     TextTowerConfig,
 )
-from blip3o_jax.config.language_model import LanguageModelConfig, Qwen3Config
 from blip3o_jax.config.text import TemplateConfig, TextConfig
 from blip3o_jax.config.types import Side
+from blip3o_jax.config.vae import AutoencoderConfig, DcAeConfig
 
 
 @dataclasses.dataclass(frozen=True)

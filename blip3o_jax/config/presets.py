@@ -8,9 +8,9 @@ SANA1.5_1.6B_1024px_diffusers, SANA1.5_4.8B_1024px_diffusers). Chips are in para
 strategies in parallel/rules.py.
 """
 
-from blip3o_jax.config.diffusion import DiffusionHeadConfig, SanaConfig
+from blip3o_jax.config.ar import LanguageModelConfig, Qwen2Config, Qwen3Config
+from blip3o_jax.config.dit import DiffusionHeadConfig, SanaConfig
 from blip3o_jax.config.errors import check_choice
-from blip3o_jax.config.language_model import LanguageModelConfig, Qwen2Config, Qwen3Config
 
 LANGUAGE_MODELS: dict[str, LanguageModelConfig] = {
     "0.6b": Qwen3Config(hidden_size=1024, intermediate_size=3072),

@@ -65,7 +65,7 @@ class RlConfig(ConfigGroup, path="rl"):
     """
 
     # "ar": GRPO on the image tokens; "flow": Flow-GRPO on the diffusion head; "both"; or another of
-    # rl/policies.py.
+    # rl/registry.py.
     policy: Text = "ar"
     # JSON lines {"prompt" or "caption": ..., and what the rewards read}, or plain text, one a
     # line.

@@ -33,7 +33,7 @@ from blip3o_jax.convert.source import TorchSource
 from blip3o_jax.convert.tables import PREFIXES
 from blip3o_jax.dit.protocol import Condition
 from blip3o_jax.parallel.rules import Strategy
-from blip3o_jax.parts import PART_TABLE
+from blip3o_jax.part_registry import PART_TABLE
 from blip3o_jax.text.vocabulary import Vocabulary
 from blip3o_jax.train.checkpoint import restore_parts
 from blip3o_jax.train.joint_loss import joint_loss, sample_training_noise

@@ -1,7 +1,7 @@
 """Describe how a family of a part is converted: tensors, config.json and PyTorch class.
 
-The rows of parts.py name these. Needs no torch: classes of PyTorch are named and imported when one
-is made.
+The rows of part_registry.py name these. Needs no torch: classes of PyTorch are named and imported
+when one is made.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from blip3o_jax.convert import stock_config as layouts
 from blip3o_jax.convert import tables
 from blip3o_jax.convert.stock_config import ConfigLayout, check_object, refuse
 from blip3o_jax.convert.tables import Rule
-from blip3o_jax.parts import PART_TABLE, family_of, resolve, settings_of
+from blip3o_jax.part_registry import PART_TABLE, family_of, resolve, settings_of
 
 
 @dataclasses.dataclass(frozen=True)

@@ -33,7 +33,7 @@ from blip3o_jax.convert.tensor_files import Tensor
 from blip3o_jax.convert.text_files import write_text_files
 from blip3o_jax.files import write_json
 from blip3o_jax.lora import base_config
-from blip3o_jax.parts import settings_of
+from blip3o_jax.part_registry import settings_of
 from blip3o_jax.text.tokenizers import load_tokenizer
 from blip3o_jax.text.vocabulary import NUM_SCALES, Vocabulary
 from blip3o_jax.train.checkpoint import find, read_config, stored_text

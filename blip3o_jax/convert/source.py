@@ -46,7 +46,7 @@ from blip3o_jax.convert.stock_config import OWN_FIELDS, SCHEDULER
 from blip3o_jax.convert.ta_tok_args import read_ta_tok
 from blip3o_jax.convert.tables import HEAD, PREFIXES
 from blip3o_jax.convert.tensor_files import Tensor, read_json
-from blip3o_jax.parts import settings_of
+from blip3o_jax.part_registry import settings_of
 from blip3o_jax.text.tokenizers import BPE_FILE, SENTENCEPIECE_FILE, TextTokenizer, load_tokenizer
 from blip3o_jax.text.vocabulary import Vocabulary
 

@@ -13,7 +13,7 @@ from etils import epath
 from blip3o_jax.config import UserError
 from blip3o_jax.lora import FACTORS
 from blip3o_jax.train.checkpoint import reading
-from blip3o_jax.train.steps import check_intact
+from blip3o_jax.train.checkpoint_steps import check_intact
 
 
 @dataclasses.dataclass(frozen=True)

@@ -27,7 +27,7 @@ from blip3o_jax.convert.conversions import conversion_of
 from blip3o_jax.convert.source import TorchSource
 from blip3o_jax.convert.source_files import WeightSource, read_ta_tok_file
 from blip3o_jax.convert.tables import EMBEDDINGS, HEAD, PREFIXES
-from blip3o_jax.parts import resolve, settings_of
+from blip3o_jax.part_registry import resolve, settings_of
 
 
 def load_torch(source: TorchSource, parts: Sequence[str]) -> torch_model.Blip3o:

@@ -21,7 +21,7 @@ import transformers
 from blip3o_jax.config import FlowConfig, ModelConfig, SamplingConfig
 from blip3o_jax.convert.conversions import conversion_of, stock_config
 from blip3o_jax.convert.tables import PREFIXES
-from blip3o_jax.parts import PART_TABLE, resolve, settings_of
+from blip3o_jax.part_registry import PART_TABLE, resolve, settings_of
 
 
 def part(

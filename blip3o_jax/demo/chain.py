@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from blip3o_jax import config as config_lib
-from blip3o_jax import model_table
+from blip3o_jax import parameter_counts
 from blip3o_jax import pipeline as pipelines
 from blip3o_jax.config import Config
 from blip3o_jax.data import images
@@ -123,7 +123,9 @@ def facts_of_run(
     """Return the fields of a report on the run: curves of its stages, sizes, durations, settings
     and versions.
     """
-    parameters = sum(row["parameters"] for row in model_table.count_parameters(config).values())
+    parameters = sum(
+        row["parameters"] for row in parameter_counts.count_parameters(config).values()
+    )
     return {
         "stages": [
             report.Stage(

@@ -16,8 +16,8 @@ from blip3o_jax.config import Config
 from blip3o_jax.data.shapes import builder, tasks
 from blip3o_jax.demo import chain
 from blip3o_jax.demo.recipe import IMAGE_SIZE, recipe, reinforcement
-from blip3o_jax.evaluation import report, runner, shapes
-from blip3o_jax.rl import method
+from blip3o_jax.evaluation import registry, report, runner, shapes
+from blip3o_jax.rl import trainer
 
 # Suite with reference images -> (baseline, its name in the report, note of the report).
 IMAGE_TASKS = {
@@ -73,7 +73,7 @@ def _run(workdir: pathlib.Path, fast: bool) -> dict[str, Any]:
     stages["rl"] = reinforcement(
         workdir / "train", str(data_dir / builder.PROMPTS.format(split="train")), fast=fast
     )
-    clock.seconds["rl"] = method.run(stages["rl"], workdir / "rl").seconds
+    clock.seconds["rl"] = trainer.run(stages["rl"], workdir / "rl").seconds
     after = _evaluate(workdir, "rl", num_prompts, clock)
     with clock("edit, answer and score"):
         image_tasks = _evaluate_image_tasks(workdir, num_prompts)
@@ -117,7 +117,7 @@ def _evaluate_image_tasks(workdir: pathlib.Path, num_prompts: int) -> dict[str, 
     found = {}
     for name in IMAGE_TASKS:
         found[name] = runner.evaluate_pipeline(
-            pipeline, runner.find_suite(name), num_prompts=num_prompts
+            pipeline, registry.find_suite(name), num_prompts=num_prompts
         )
         runner.write(found[name], workdir / "evaluation" / name)
     return found

@@ -34,7 +34,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from blip3o_jax import nn
 from blip3o_jax.config import ConfigError, MeshConfig, check_choice
 from blip3o_jax.parallel.mesh import make_mesh
-from blip3o_jax.parts import PART_TABLE
+from blip3o_jax.part_registry import PART_TABLE
 
 Table = dict[str, tuple[str, ...]]
 
@@ -59,11 +59,11 @@ _FSDP_TP: Table = _FSDP | {
 _FSDP_SP: Table = _FSDP | {"length": ("sequence",), "latent_tokens": ("sequence",)}
 
 TOKENS = tuple(name for name in _FSDP_SP if name not in _FSDP)
-# The tables that a part's row in parts.py names.
+# The tables that a part's row in part_registry.py names.
 TABLES = {"dp": _BATCH, "fsdp": _FSDP, "fsdp_tp": _FSDP_TP, "fsdp_sp": _FSDP_SP}
 
-# Strategy -> part -> table; "" is the default table. Parts whose row in parts.py names another
-# table for a strategy are added below.
+# Strategy -> part -> table; "" is the default table. Parts whose row in part_registry.py names
+# another table for a strategy are added below.
 STRATEGIES: dict[str, dict[str, Table]] = {
     "dp": {"": _BATCH},
     "fsdp": {"": _FSDP},

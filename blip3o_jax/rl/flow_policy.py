@@ -18,8 +18,9 @@ from blip3o_jax import nn
 from blip3o_jax.blip3o import Blip3o
 from blip3o_jax.config import SamplingConfig
 from blip3o_jax.dit import sampler
+from blip3o_jax.dit.guidance import guided_velocity
 from blip3o_jax.rl import flow_grpo
-from blip3o_jax.rl.policy import (
+from blip3o_jax.rl.protocol import (
     LossWeights,
     Metrics,
     Policy,
@@ -143,4 +144,4 @@ def guided_velocity_fn(
     """Return (latents, timesteps) -> the velocity under classifier-free guidance."""
     guidance = model.guidance(hidden_BTD, settings)
     with nn.part("dit"):
-        return sampler.guided_velocity(model.dit, guidance)
+        return guided_velocity(model.dit, guidance)

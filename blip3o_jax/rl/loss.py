@@ -6,8 +6,8 @@ import jax.numpy as jnp
 
 from blip3o_jax.blip3o import Blip3o
 from blip3o_jax.config import Config
-from blip3o_jax.rl.policies import make_policies
-from blip3o_jax.rl.policy import LossWeights, RolloutArrays
+from blip3o_jax.rl.protocol import LossWeights, RolloutArrays
+from blip3o_jax.rl.registry import make_policies
 from blip3o_jax.rl.rollout_programs import images_per_prefix
 from blip3o_jax.train.stages import Loss
 
@@ -20,8 +20,8 @@ def make_loss(config: Config, image_ids: tuple[int, int], shards: int) -> Loss:
     rl = config.rl
     policies = make_policies(config)
     micro_batches = config.optimizer.accumulate
-    # Micro-batches take rows with a stride (train/step.py). If the stride divides the groups, each
-    # takes equal parts of all groups, whose rows can share a prefill.
+    # Micro-batches take rows with a stride (train/train_step.py). If the stride divides the groups,
+    # each takes equal parts of all groups, whose rows can share a prefill.
     prefix_group = (
         images_per_prefix(rl.num_generations // micro_batches, rl.num_prompts, shards)
         if rl.num_generations % micro_batches == 0

@@ -11,7 +11,7 @@ must stay below the clip, which would otherwise act on rounding.
 
 from blip3o_jax.config import Config, UserError
 from blip3o_jax.parallel.distributed import log_host0
-from blip3o_jax.rl.policies import make_policies
+from blip3o_jax.rl.registry import make_policies
 
 
 class RatioMonitor:

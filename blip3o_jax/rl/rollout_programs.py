@@ -26,8 +26,8 @@ from blip3o_jax import nn
 from blip3o_jax.config import Config, RlConfig
 from blip3o_jax.parallel.rules import Strategy
 from blip3o_jax.rl.flow_policy import sample_ode_latents
-from blip3o_jax.rl.policies import make_policies
-from blip3o_jax.rl.policy import RolloutArrays, RolloutPrompts
+from blip3o_jax.rl.protocol import RolloutArrays, RolloutPrompts
+from blip3o_jax.rl.registry import make_policies
 from blip3o_jax.rl.token_policy import sample_shared_tokens
 from blip3o_jax.sampling_programs import sampling_keys, to_uint8
 from blip3o_jax.train.state import StatePlan

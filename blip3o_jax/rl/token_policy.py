@@ -11,7 +11,8 @@ from blip3o_jax import nn
 from blip3o_jax.blip3o import Blip3o
 from blip3o_jax.config import Config, SamplingConfig, check
 from blip3o_jax.rl import grpo
-from blip3o_jax.rl.policy import (
+from blip3o_jax.rl.log_probs import TokenScores, score_image_tokens
+from blip3o_jax.rl.protocol import (
     LossWeights,
     Metrics,
     Policy,
@@ -19,7 +20,6 @@ from blip3o_jax.rl.policy import (
     RolloutPrompts,
     rounding_of,
 )
-from blip3o_jax.rl.scoring import TokenScores, score_image_tokens
 from blip3o_jax.sampling_programs import sample_image_tokens
 
 

@@ -33,6 +33,14 @@ from blip3o_jax.config.errors import first_line
 from blip3o_jax.parallel.distributed import host_0_first, log_host0
 from blip3o_jax.parallel.rules import Strategy
 from blip3o_jax.text.tokenizers import TextTokenizer
+from blip3o_jax.train.checkpoint_steps import (
+    CheckedStep,
+    all_steps,
+    check_intact,
+    damage,
+    misfit,
+    set_aside,
+)
 from blip3o_jax.train.state import (
     WEIGHTS,
     StatePlan,
@@ -40,14 +48,6 @@ from blip3o_jax.train.state import (
     merge_trees,
     not_finite,
     plan_state,
-)
-from blip3o_jax.train.steps import (
-    CheckedStep,
-    all_steps,
-    check_intact,
-    damage,
-    misfit,
-    set_aside,
 )
 
 RECIPE = "recipe.json"  # of a workdir whose stages each have a run below it

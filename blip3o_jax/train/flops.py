@@ -16,10 +16,10 @@ import jax
 from blip3o_jax.config import Config, replace_everywhere
 from blip3o_jax.parallel.chips import chip_of
 from blip3o_jax.parallel.rules import Strategy
-from blip3o_jax.parts import family_of, resolve, settings_of
+from blip3o_jax.part_registry import family_of, resolve, settings_of
 from blip3o_jax.train.stages import Loss, make_loss, stage_parts
 from blip3o_jax.train.state import plan_state
-from blip3o_jax.train.step import make_step
+from blip3o_jax.train.train_step import make_step
 
 
 def _dot_flops(eqn: Any) -> int:

@@ -12,7 +12,7 @@ from blip3o_jax.parallel.batches import global_batch
 from blip3o_jax.parallel.rules import Strategy
 from blip3o_jax.train.stages import Loss
 from blip3o_jax.train.state import StatePlan, TrainState
-from blip3o_jax.train.step import make_evaluate
+from blip3o_jax.train.train_step import make_evaluate
 
 
 class HeldOutLosses:

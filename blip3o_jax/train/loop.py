@@ -37,7 +37,7 @@ from blip3o_jax.train.metrics import GROUPS, MetricLog, SilentLog
 from blip3o_jax.train.profile_window import ProfileWindow
 from blip3o_jax.train.stages import Batch
 from blip3o_jax.train.state import StatePlan, TrainState, plan_state
-from blip3o_jax.train.step import example_keys
+from blip3o_jax.train.train_step import example_keys
 from blip3o_jax.train.workdir import WorkdirLock
 
 

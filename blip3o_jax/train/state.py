@@ -24,8 +24,9 @@ from blip3o_jax.blip3o import MODEL_PARTS, Blip3o, split
 from blip3o_jax.config import Config, ConfigError, check_choice
 from blip3o_jax.parallel.rules import Strategy
 from blip3o_jax.train.ema import initial_average
+from blip3o_jax.train.freezing import trainable_filter
 from blip3o_jax.train.optimizer import make_optimizer
-from blip3o_jax.train.stages import stage_parts, trainable_filter
+from blip3o_jax.train.stages import stage_parts
 
 TrainState = dict[str, Any]
 WEIGHTS = ("params", "frozen")

@@ -31,7 +31,7 @@ from blip3o_jax.train.metrics import MetricLog, SilentLog
 from blip3o_jax.train.skipped import SkippedRecords
 from blip3o_jax.train.stages import STAGES, Batch, make_loss, make_preview
 from blip3o_jax.train.state import StatePlan, TrainState
-from blip3o_jax.train.step import make_step
+from blip3o_jax.train.train_step import make_step
 from blip3o_jax.train.vocabulary import with_vocabulary
 
 

@@ -289,7 +289,7 @@ def test_the_other_commands_call_one_function(tmp_path, stub, capsys):
     (tmp_path / "c.py").write_text(CONFIG)
     data, runner = stub("data.shapes.builder", "prepare"), stub("evaluation.runner", "evaluate")
     table, demo = (
-        stub("model_table", "print_table"),
+        stub("parameter_counts", "print_table"),
         stub("demo.run", "run", result={"seconds": 1.5}),
     )
     sized = Config(steps=3)

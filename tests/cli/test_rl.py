@@ -47,7 +47,7 @@ def test_overrides_with_spaces_reach_the_config(monkeypatch, tmp_path):
     """argparse, left alone, takes an unknown --x="a b" for the name of a sub-command."""
     seen = []
     monkeypatch.setattr(
-        "blip3o_jax.rl.method.run", lambda config, workdir: seen.append(config.rl.prompts_file)
+        "blip3o_jax.rl.trainer.run", lambda config, workdir: seen.append(config.rl.prompts_file)
     )
     (tmp_path / "c.py").write_text(
         "from blip3o_jax.config import Config\n\ndef get_config():\n    return Config()\n"

@@ -5,7 +5,8 @@ import pathlib
 from blip3o_jax.config import loader
 from blip3o_jax.convert.tables import PUBLISHED_PARTS
 from blip3o_jax.train import checkpoint
-from blip3o_jax.train.stages import stage_parts, stage_trainable
+from blip3o_jax.train.freezing import stage_trainable
+from blip3o_jax.train.stages import stage_parts
 from tests.rl import runs
 
 FILE = str(pathlib.Path(__file__).parents[2] / "configs/edit.py")

@@ -8,7 +8,7 @@ import pytest
 from blip3o_jax.config import ConfigError, UserError, loader
 from blip3o_jax.convert.tables import PUBLISHED_PARTS
 from blip3o_jax.demo import recipe as demo
-from blip3o_jax.rl import method
+from blip3o_jax.rl import trainer
 from blip3o_jax.train import checkpoint
 from tests.rl import runs
 
@@ -38,7 +38,7 @@ def test_recipes_start_at_all_parts_of_the_checkpoint(recipe, policy, reward):
         and found.data.max_length == given.data.max_length
     )
     assert [part for part, _ in found.checkpoint.init_from] == list(PUBLISHED_PARTS)
-    resolved = method.resolved(found)
+    resolved = trainer.resolved(found)
     assert resolved.trainable == TRAINABLE[policy] and resolved.data.batch_size == 128
     assert (found.rl.kl_coef, found.rl.clip, found.optimizer.learning_rate) == (
         0.001,
@@ -80,7 +80,7 @@ def test_words_are_learned_by_both_policies():
         shapes.optimizer,
         shapes.checkpoint.init_from,
     )
-    assert method.resolved(found).trainable == TRAINABLE["both"]
+    assert trainer.resolved(found).trainable == TRAINABLE["both"]
 
 
 def test_no_such_recipe():

@@ -18,7 +18,7 @@ from blip3o_jax.rl.rewards.weighted import WeightedRewards
 from blip3o_jax.train import loop
 from blip3o_jax.train.stages import make_loss
 from blip3o_jax.train.state import plan_state
-from blip3o_jax.train.step import make_step
+from blip3o_jax.train.train_step import make_step
 from tests import tiny
 
 DEMO_STAGES = tuple(recipe("data", "cache"))

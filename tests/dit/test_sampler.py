@@ -8,6 +8,7 @@ import torch
 
 from blip3o_jax.config import FlowConfig
 from blip3o_jax.dit import sampler
+from blip3o_jax.dit.guidance import Guidance, guided_velocity
 from blip3o_jax.dit.protocol import Condition
 from tests import stock_weights
 from tests.conftest import relative_error
@@ -46,7 +47,7 @@ def torch_sample(model, condition, uncond, noise, guidance: float, cfg: FlowConf
 def run(dit, condition, uncond, noise, guidance: float, cfg: FlowConfig) -> jax.Array:
     @jax.jit
     def sample(condition, uncond, noise):
-        branches = sampler.Guidance(Condition(condition), Condition(uncond), guidance)
+        branches = Guidance(Condition(condition), Condition(uncond), guidance)
         return sampler.sample(dit, branches, noise, steps=STEPS, flow=cfg)
 
     return sample(condition, uncond, noise)
@@ -86,9 +87,7 @@ def test_without_a_null_condition_there_is_no_guidance(pair, rng):
     condition, uncond, noise = draw(rng)
     want = torch_sample(torch_model, condition, uncond, noise, 1.0, FlowConfig())
     alone = jax.jit(
-        lambda c, n: sampler.sample(
-            dit, sampler.Guidance(Condition(c)), n, steps=STEPS, flow=FlowConfig()
-        )
+        lambda c, n: sampler.sample(dit, Guidance(Condition(c)), n, steps=STEPS, flow=FlowConfig())
     )
     assert relative_error(alone(condition, noise), want) < 1e-5
 
@@ -114,10 +113,10 @@ def test_two_guidances_are_a_sum_of_three_velocities(pair, rng):
         return v[0].permute(0, 2, 3, 1).numpy()
 
     def ours(scale, reference_scale):
-        branches = sampler.Guidance(
+        branches = Guidance(
             *map(Condition, (condition, uncond)), scale, Condition(middle), reference_scale
         )
-        return jax.jit(lambda z, t: sampler.guided_velocity(dit, branches)(z, t))(noise, timestep)
+        return jax.jit(lambda z, t: guided_velocity(dit, branches)(z, t))(noise, timestep)
 
     full, nothing, shown = stock(condition), stock(uncond), stock(middle)
     assert (

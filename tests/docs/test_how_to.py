@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from blip3o_jax import pipeline as pipelines
-from blip3o_jax.evaluation import runner
+from blip3o_jax.evaluation import registry
 from tests import conftest, tiny
 from tests.docs.pages import ROOT, titled
 
@@ -81,7 +81,7 @@ def test_a_reward_is_a_term_of_a_run_and_a_suite(tmp_path, monkeypatch):
     follow("add_a_reward.md", tmp_path)
     monkeypatch.syspath_prepend(tmp_path)  # scoring processes take it over
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "grey"}\n{"prompt": "colourful"}\n')
-    suite = runner.find_suite(
+    suite = registry.find_suite(
         "python:my_rewards.colourful,scale=50", tmp_path / "prompts.jsonl", images_per_prompt=1
     )
     images_BHWC = np.full((2, 8, 8, 3), 128, np.uint8)

@@ -9,7 +9,7 @@ from PIL import Image
 
 from blip3o_jax import config
 from blip3o_jax.data.shapes import edit_scorer, edits, questions, render
-from blip3o_jax.evaluation import reconstruction, runner
+from blip3o_jax.evaluation import reconstruction, registry, runner
 from blip3o_jax.pipeline import Generated
 
 SIZE = 48
@@ -71,7 +71,7 @@ class Oracle:
 def test_who_does_as_asked_is_right(tmp_path, suite, baselines):
     count = 28
     result = runner.evaluate_pipeline(
-        Oracle(), runner.find_suite(suite), num_prompts=count, seed=2, steps=7
+        Oracle(), registry.find_suite(suite), num_prompts=count, seed=2, steps=7
     )
     scores = result.scores()
     assert scores["overall"] == 1.0 and set(scores["categories"].values()) == {1.0}

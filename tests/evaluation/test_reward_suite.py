@@ -7,7 +7,7 @@ import pytest
 
 from blip3o_jax.config import UserError
 from blip3o_jax.evaluation import shapes
-from blip3o_jax.evaluation.runner import find_suite
+from blip3o_jax.evaluation.registry import find_suite
 
 
 def brightness(images_BHWC, prompts, metadata):

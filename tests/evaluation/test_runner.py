@@ -7,7 +7,7 @@ from PIL import Image
 
 from blip3o_jax import pipeline as pipelines
 from blip3o_jax.config import UserError
-from blip3o_jax.evaluation import runner, shapes
+from blip3o_jax.evaluation import registry, runner, shapes
 
 COUNT = 14
 
@@ -110,5 +110,5 @@ def test_an_unknown_suite_is_refused_before_anything_is_loaded(
 
 def test_shapes_has_one_image_a_prompt_and_a_number_of_prompts_of_its_own():
     with pytest.raises(UserError, match="suite shapes draws one image a prompt, not 4"):
-        runner.find_suite("shapes", None, 4)
+        registry.find_suite("shapes", None, 4)
     assert len(shapes.prompts(None)) == shapes.COUNT

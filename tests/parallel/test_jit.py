@@ -30,7 +30,7 @@ BARE = {
     "train/state.py::create_state": INITIALIZES,
     "train/state.py::_finite": NO_NETWORK,
     "rl/rollouts.py::RolloutIterator.__init__": NO_NETWORK,
-    "rl/method.py::_reference": NO_NETWORK,
+    "rl/trainer.py::_reference": NO_NETWORK,
     "train/fingerprint.py::_bits": NO_NETWORK,
     "convert/importer.py::_resize_vocabulary": NO_NETWORK,
     "convert/importer.py::_initialize_part": INITIALIZES,

@@ -17,6 +17,7 @@ import scipy.stats
 from blip3o_jax.config import FlowConfig, FlowPolicyConfig
 from blip3o_jax.dit import flow as flow_matching
 from blip3o_jax.dit import sampler
+from blip3o_jax.dit.guidance import Guidance
 from blip3o_jax.dit.protocol import Condition
 from blip3o_jax.rl import flow_grpo
 
@@ -93,7 +94,7 @@ def test_without_noise_the_sampler_is_the_ode_sampler(shift, rng):
     dit = types.SimpleNamespace(
         prepare=lambda *condition: None, velocity=lambda x, t, *_: velocity(x, t)
     )
-    alone = sampler.Guidance(Condition(jnp.zeros((1, 1, 1))))
+    alone = Guidance(Condition(jnp.zeros((1, 1, 1))))
     ode = jax.jit(lambda n: sampler.sample(dit, alone, n, steps=6, flow=flow))
     got, _ = sample(noise, keys, [1, 3], noise=0.0, flow=flow)
     np.testing.assert_allclose(got, ode(noise), **CLOSE)

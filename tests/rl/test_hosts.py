@@ -2,12 +2,12 @@
 
 import numpy as np
 import pytest
+from tests.rl.test_run import EIGHT
 
-from blip3o_jax.rl import method
+from blip3o_jax.rl import trainer
 from blip3o_jax.train.metrics import read_rows
 from tests.parallel.test_distributed import Job
 from tests.rl import runs
-from tests.rl.test_run import EIGHT
 
 
 @pytest.mark.slow
@@ -20,7 +20,7 @@ def test_two_hosts_of_four_devices_do_what_one_of_eight_does(tmp_path):
         assert pair.wait() == 0, pair.text()
     finally:
         pair.end()
-    method.run(cfg, tmp_path / "alone")
+    trainer.run(cfg, tmp_path / "alone")
     rows = [read_rows(tmp_path / name / "metrics.jsonl") for name in ("pair", "alone")]
     for mine, theirs in zip(*rows, strict=True):
         assert mine["rl/reward"] == pytest.approx(theirs["rl/reward"], rel=1e-5)

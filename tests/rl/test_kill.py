@@ -9,12 +9,12 @@ import subprocess
 import sys
 
 import pytest
+from tests.rl.test_run import numbers, one_device, saved  # noqa: F401  (a fixture)
 
 from blip3o_jax import config
-from blip3o_jax.rl import method
+from blip3o_jax.rl import trainer
 from blip3o_jax.train.metrics import read_rows
 from tests.rl import runs
-from tests.rl.test_run import numbers, one_device, saved  # noqa: F401  (a fixture)
 
 pytestmark = pytest.mark.slow
 
@@ -24,7 +24,7 @@ import tests.conftest
 import jax
 from blip3o_jax import config
 from blip3o_jax.parallel.rules import Strategy
-from blip3o_jax.rl import method
+from blip3o_jax.rl import trainer
 from blip3o_jax.rl.rollouts import RolloutIterator
 from blip3o_jax.train import checkpoint, loop
 from blip3o_jax.train.metrics import read_rows
@@ -48,7 +48,7 @@ def call(*args, **kwargs):
     return whole(*args, **kwargs)
 
 setattr(where, name, call)
-method.run(config.from_dict(json.load(open(config_file))), workdir)
+trainer.run(config.from_dict(json.load(open(config_file))), workdir)
 """
 
 
@@ -58,7 +58,7 @@ def given(tmp_path_factory):
     directory = tmp_path_factory.mktemp("whole")
     cfg = runs.run_config("ar", checkpoint=saved(1))
     (directory / "config.json").write_text(json.dumps(config.to_dict(cfg)))
-    method.run(cfg, directory / "run")
+    trainer.run(cfg, directory / "run")
     return directory / "config.json", directory / "run"
 
 
@@ -76,6 +76,6 @@ def test_kill_9(given, tmp_path, phase):
     )
     assert done.returncode == -signal.SIGKILL, done.stderr.decode()[-2000:]
     assert len(read_rows(tmp_path / "metrics.jsonl")) < 4
-    method.run(config.from_dict(json.loads(file.read_text())), tmp_path)
+    trainer.run(config.from_dict(json.loads(file.read_text())), tmp_path)
     assert numbers(tmp_path) == numbers(whole)
     assert read_rows(tmp_path / "rollouts.jsonl") == read_rows(whole / "rollouts.jsonl")

@@ -5,8 +5,8 @@ import pytest
 
 from blip3o_jax.config import UserError
 from blip3o_jax.data.prompts import Prompt
-from blip3o_jax.rl.method import with_prompts
 from blip3o_jax.rl.prompts import prompt_indices
+from blip3o_jax.rl.trainer import with_prompts
 
 
 def test_every_epoch_has_every_prompt_once_in_another_order():

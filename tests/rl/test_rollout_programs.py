@@ -4,10 +4,10 @@ import jax.numpy as jnp
 import pytest
 
 from blip3o_jax.config import Config, ConfigError, RlConfig, SamplingConfig
+from blip3o_jax.rl.log_probs import TokenScores
 from blip3o_jax.rl.loss import make_loss
-from blip3o_jax.rl.policies import POLICIES, has_reference, make_policies
+from blip3o_jax.rl.registry import POLICIES, has_reference, make_policies
 from blip3o_jax.rl.rollout_programs import images_per_prefix, num_micro_batches
-from blip3o_jax.rl.scoring import TokenScores
 from blip3o_jax.rl.token_policy import TokenPolicy
 
 

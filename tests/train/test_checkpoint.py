@@ -14,7 +14,7 @@ from blip3o_jax import checksums
 from blip3o_jax.config import UserError
 from blip3o_jax.convert.stored_weights import StoredWeights
 from blip3o_jax.text.tokenizers import load_tokenizer, train_sentencepiece
-from blip3o_jax.train import checkpoint, steps
+from blip3o_jax.train import checkpoint, checkpoint_steps
 from blip3o_jax.train.checkpoint import Checkpoints
 from blip3o_jax.train.state import plan_state
 from tests import tiny
@@ -113,7 +113,7 @@ def test_a_damaged_step(root, capsys, case):
         match=rf"checkpoints/{step} is damaged \({reason}\): "
         rf".*checkpoints/{intact} is the newest step that is intact",
     ) as error:
-        steps.check_intact(found, newest)
+        checkpoint_steps.check_intact(found, newest)
     assert "\n" not in str(error.value)
 
     before = tree(root)
@@ -173,7 +173,7 @@ def test_no_step_is_intact(root):
         Checkpoints(root, keep=2).newest_intact()
     assert "\n" not in str(error.value)
     with pytest.raises(UserError, match="no other step is intact"):
-        steps.check_intact(root, 4)
+        checkpoint_steps.check_intact(root, 4)
 
 
 def test_what_a_kill_left_is_removed_when_the_run_goes_on(root):
@@ -216,8 +216,8 @@ def damage_by_host(step, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(jax, "process_count", lambda: 2)
             patch.setattr(jax, "process_index", lambda host=host: host)
-            patch.setattr(steps.multihost_utils, "process_allgather", gather)
-            returned.append(steps.damage(step, shared=True))
+            patch.setattr(checkpoint_steps.multihost_utils, "process_allgather", gather)
+            returned.append(checkpoint_steps.damage(step, shared=True))
     return [row.any() for row in found[:2]], returned[2:]
 
 
@@ -235,7 +235,7 @@ def test_what_is_set_aside_takes_no_others_place(tmp_path):
     for number in range(3):
         (tmp_path / "4").mkdir()
         (tmp_path / "4" / str(number)).touch()
-        steps.set_aside(tmp_path / "4")
+        checkpoint_steps.set_aside(tmp_path / "4")
     assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.glob("*/*")) == [
         "4.damaged-1/1",
         "4.damaged-2/2",
@@ -245,12 +245,12 @@ def test_what_is_set_aside_takes_no_others_place(tmp_path):
 
 def test_in_what_a_step_differs(root):
     weights = abstract().abstract["params"]
-    assert steps.misfit(root / "4", {"params": weights}) == ""
+    assert checkpoint_steps.misfit(root / "4", {"params": weights}) == ""
     differs = "b is of shape (3, 5) in it, {} by the configuration"
     for other, by_configuration in ((weights["w"], "of shape (64,)"), ({}, "absent")):
-        found = steps.misfit(root / "4", {"params": weights | {"b": other}})
+        found = checkpoint_steps.misfit(root / "4", {"params": weights | {"b": other}})
         assert found == differs.format(by_configuration)
-    found = steps.misfit(root / "4", {"frozen": {"b": weights["b"]}})
+    found = checkpoint_steps.misfit(root / "4", {"frozen": {"b": weights["b"]}})
     assert found == "b is absent in it, of shape (3, 5) by the configuration"
 
 

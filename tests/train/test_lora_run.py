@@ -17,7 +17,7 @@ from blip3o_jax.train import checkpoint
 from blip3o_jax.train.initialize import match_to_plan, restore_or_create
 from blip3o_jax.train.stages import make_loss
 from blip3o_jax.train.state import merge_trees, plan_state, without
-from blip3o_jax.train.step import make_step
+from blip3o_jax.train.train_step import make_step
 from tests import tiny
 from tests.convert.test_verify import drawn
 from tests.train.states import leaves, moments

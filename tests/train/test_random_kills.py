@@ -13,6 +13,7 @@ import socket
 import time
 
 import pytest
+from tests.rl.test_run import numbers
 
 from blip3o_jax import config as config_lib
 from blip3o_jax import exits
@@ -20,7 +21,6 @@ from blip3o_jax.train.metrics import read_rows
 from tests import tiny
 from tests.parallel.test_distributed import config_file
 from tests.rl import runs
-from tests.rl.test_run import numbers
 from tests.train.test_loop import check_same, restored
 
 SETTINGS = {"preview": 0, "steps": 6, "checkpoint": {"every": 2, "keep": 2}}
@@ -56,7 +56,7 @@ class Killer:
         self.config_file = config_file(directory, cfg)
         self.context = multiprocessing.get_context("forkserver")
         self.context.set_forkserver_preload(
-            ["tests.train.test_random_kills", "blip3o_jax.rl.method"]
+            ["tests.train.test_random_kills", "blip3o_jax.rl.trainer"]
         )
 
     def start(self, workdir: pathlib.Path) -> list[multiprocessing.Process]:

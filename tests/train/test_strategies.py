@@ -17,7 +17,7 @@ import pytest
 from blip3o_jax.parallel.rules import STRATEGIES
 from blip3o_jax.train.stages import STAGES, make_loss
 from blip3o_jax.train.state import create_state, plan_state
-from blip3o_jax.train.step import make_step
+from blip3o_jax.train.train_step import make_step
 from tests import tiny
 from tests.train.states import check_close, leaves, moments
 

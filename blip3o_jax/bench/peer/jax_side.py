@@ -30,7 +30,7 @@ from blip3o_jax.train.flops import count_flops, model_flops
 from blip3o_jax.train.joint_loss import sample_training_noise
 from blip3o_jax.train.stages import STAGES, make_loss
 from blip3o_jax.train.state import WEIGHTS, create_state, plan_state
-from blip3o_jax.train.step import example_keys, make_step
+from blip3o_jax.train.train_step import example_keys, make_step
 
 # the first moves nothing, at a learning rate of 0; the third sees what the second moved
 CHECKED_STEPS = 3

@@ -14,7 +14,7 @@ from blip3o_jax.parallel.rules import Strategy
 from blip3o_jax.train.flops import model_flops
 from blip3o_jax.train.stages import STAGES, Loss, make_loss
 from blip3o_jax.train.state import create_state, plan_state
-from blip3o_jax.train.step import make_step
+from blip3o_jax.train.train_step import make_step
 
 Shapes = dict[str, tuple[tuple[int, ...], str]]
 

@@ -9,7 +9,7 @@ tar cut in half) is a UserError when it is opened; a fault of one record (no cap
 not UTF-8) is a `BadRecord` when that record is read.
 """
 
-from blip3o_jax.data.sources.factory import (
+from blip3o_jax.data.sources.registry import (
     ReconstructionSource,
     open_held_out,
     open_mixture,

@@ -18,9 +18,9 @@ from blip3o_jax.config import UserError
 from blip3o_jax.rl.rewards.png import Png
 from blip3o_jax.rl.rewards.processes import ProcessEnded
 from blip3o_jax.rl.rewards.reward import Scores
-from blip3o_jax.rl.rewards.scorer import ImageScore
-from blip3o_jax.rl.rewards.scorers import Scorers
-from blip3o_jax.serving import Refused
+from blip3o_jax.rl.rewards.scorer_process import ImageScore
+from blip3o_jax.rl.rewards.server_processes import Scorers
+from blip3o_jax.serving.refused import Refused
 
 LOOKED_AT = 1024  # images that are searched for others of the first one's size
 

@@ -12,7 +12,7 @@ import numpy as np
 from blip3o_jax.config.errors import first_line
 from blip3o_jax.rl.rewards import png
 from blip3o_jax.rl.rewards.png import Png
-from blip3o_jax.serving import Refused
+from blip3o_jax.serving.refused import Refused
 
 MAX_VALUES = 1 << 18  # JSON values of a request; each takes many times its length once it is read
 VALUE_BYTES = 256  # that one of them may take

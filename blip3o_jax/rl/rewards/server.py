@@ -27,14 +27,22 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from blip3o_jax import serving
 from blip3o_jax.config import RewardConfig, UserError
-from blip3o_jax.connections import CONNECTION_BYTES, ConnectionLimits
 from blip3o_jax.rl.rewards import png, requests, server_metrics, wire
 from blip3o_jax.rl.rewards.batcher import Batcher, Job
 from blip3o_jax.rl.rewards.reward import Scores
-from blip3o_jax.rl.rewards.scorers import RequestParser, ScorerProcesses, Scorers
-from blip3o_jax.serving import BackgroundServer, MemoryBudget, Refused, Service
+from blip3o_jax.rl.rewards.server_processes import RequestParser, ScorerProcesses, Scorers
+from blip3o_jax.serving import bodies
+from blip3o_jax.serving.bodies import MemoryBudget
+from blip3o_jax.serving.connections import CONNECTION_BYTES, ConnectionLimits
+from blip3o_jax.serving.refused import Refused
+from blip3o_jax.serving.service import (
+    LOOPBACK,
+    BackgroundServer,
+    Service,
+    metrics_route,
+    run_until_signal,
+)
 
 WHAT = "serve-rewards"
 PROCESS_BYTES = 256 << 20  # of a process and its libraries, without images and models
@@ -109,16 +117,14 @@ def serve(
     address cannot be bound.
     """
     token = wire.read_token(token_env) if token_env else ""
-    if not token and host not in serving.LOOPBACK:
+    if not token and host not in LOOPBACK:
         raise UserError(
             f"{WHAT}: --host={host} is open to other machines: "
             "name a variable with a token by --token_env"
         )
     metrics = (metrics_host, metrics_port) if metrics_port is not None else None
     with RewardServer(rewards, host, port, token=token, metrics=metrics, limits=limits) as server:
-        caught = serving.run_until_signal(
-            server.services, lambda: print(server.described, flush=True)
-        )
+        caught = run_until_signal(server.services, lambda: print(server.described, flush=True))
         print(f"stopped by {caught.name}; {server.scored:.0f} images were scored", flush=True)
     if caught is signal.SIGINT:
         raise KeyboardInterrupt
@@ -146,7 +152,7 @@ class RewardServer:
             (health := Route("/health", self._health, methods=["GET"])),
         ]
         if metrics is None:
-            routes.append(serving.metrics_route(self._registry))
+            routes.append(metrics_route(self._registry))
         open_paths = ("/health",)
         self.services = [
             Service(
@@ -163,7 +169,7 @@ class RewardServer:
         ]
         try:
             if metrics is not None:
-                metrics_routes = [serving.metrics_route(self._registry), health]
+                metrics_routes = [metrics_route(self._registry), health]
                 self.services.append(
                     Service(
                         f"{WHAT}: metrics",
@@ -236,14 +242,14 @@ class RewardServer:
         return JSONResponse({"rewards": self._scorers.names, **limits})
 
     async def _score(self, request: Request) -> Response:
-        length = serving.content_length(request, self._limits.max_body)
+        length = bodies.content_length(request, self._limits.max_body)
         with self._budget.reserve(length + REQUEST_BYTES):
-            body = await serving.read_body(request, self._limits.connections)
+            body = await bodies.read_body(request, self._limits.connections)
             if self._waiting >= self._limits.max_waiting:
                 raise Refused(503, "too many requests are waiting: try again later")
             self._waiting += 1
             try:
-                scores = await serving.unless_disconnected(request, self._scores(body))
+                scores = await bodies.unless_disconnected(request, self._scores(body))
             finally:
                 self._waiting -= 1
         return Response(wire.encode_scores(scores), media_type="application/json")

@@ -4,8 +4,8 @@ import prometheus_client
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
 from blip3o_jax.rl.rewards.batcher import Batcher
-from blip3o_jax.rl.rewards.scorers import Scorers
-from blip3o_jax.serving import MemoryBudget
+from blip3o_jax.rl.rewards.server_processes import Scorers
+from blip3o_jax.serving.bodies import MemoryBudget
 
 PREFIX = "blip3o_reward"
 

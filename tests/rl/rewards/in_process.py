@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from blip3o_jax.config import RewardConfig, UserError
-from blip3o_jax.rl.rewards import scorer
+from blip3o_jax.rl.rewards import scorer_process
 from blip3o_jax.rl.rewards.reward import Reward, Scores
 from blip3o_jax.rl.rewards.weighted import WeightedRewards
 
@@ -64,7 +64,7 @@ class InProcess:
 
     async def score(self, files, size, prompts, metadata):
         rows = [(text, json.loads(fields)) for text, fields in zip(prompts, metadata, strict=True)]
-        return await asyncio.to_thread(scorer.score_rows, self._weighted, files, size, rows)
+        return await asyncio.to_thread(scorer_process.score_rows, self._weighted, files, size, rows)
 
     def close(self):
         pass

@@ -10,8 +10,8 @@ from blip3o_jax.config import UserError
 from blip3o_jax.rl.rewards import batcher
 from blip3o_jax.rl.rewards.batcher import Batcher, Job
 from blip3o_jax.rl.rewards.processes import ProcessEnded
-from blip3o_jax.rl.rewards.scorer import ImageScore
-from blip3o_jax.serving import Refused
+from blip3o_jax.rl.rewards.scorer_process import ImageScore
+from blip3o_jax.serving.refused import Refused
 
 
 def job(value: int, count: int = 1, size: int = 8, prompt: str = "red") -> Job:

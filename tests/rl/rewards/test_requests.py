@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from blip3o_jax.rl.rewards import requests
-from blip3o_jax.serving import Refused
+from blip3o_jax.serving.refused import Refused
 from tests.rl.rewards.in_process import body, png
 
 

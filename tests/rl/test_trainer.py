@@ -12,7 +12,7 @@ import pytest
 from blip3o_jax import config
 from blip3o_jax.config import ConfigError, UserError
 from blip3o_jax.parallel.rules import Strategy
-from blip3o_jax.rl import method, rollout_programs
+from blip3o_jax.rl import rollout_programs, trainer
 from blip3o_jax.rl.rollouts import RolloutIterator
 from blip3o_jax.train import checkpoint, loop
 from blip3o_jax.train.metrics import read_rows
@@ -47,7 +47,7 @@ def whole(tmp_path_factory):
     found = {}
     for policy in ("ar", "both"):
         found[policy] = tmp_path_factory.mktemp(policy)
-        method.run(runs.run_config(policy, checkpoint=saved(1)), found[policy])
+        trainer.run(runs.run_config(policy, checkpoint=saved(1)), found[policy])
     return found
 
 
@@ -92,7 +92,7 @@ def test_the_first_kl_is_zero_and_then_grows(whole):
 def test_eight_devices_do_the_same(whole, tmp_path):
     """Compare sampled ids, which are equal, so rewards are; parameters after four updates to
     1e-5."""
-    method.run(runs.run_config("both", mesh=EIGHT), tmp_path)
+    trainer.run(runs.run_config("both", mesh=EIGHT), tmp_path)
     got, want = weights(tmp_path), weights(whole["both"])
     for (path, a), b in zip(jax.tree.leaves_with_path(got), jax.tree.leaves(want), strict=True):
         assert relative_error(a, b) < 1e-5, jax.tree_util.keystr(path)
@@ -127,8 +127,8 @@ def test_a_run_stopped_anywhere_goes_on_as_if_it_had_not_been(whole, tmp_path, m
 
         patch.setattr(*where, call)
         with pytest.raises(KeyboardInterrupt):
-            method.run(runs.run_config("ar", checkpoint=saved(1)), tmp_path)
-    method.run(runs.run_config("ar", checkpoint=saved(1)), tmp_path)
+            trainer.run(runs.run_config("ar", checkpoint=saved(1)), tmp_path)
+    trainer.run(runs.run_config("ar", checkpoint=saved(1)), tmp_path)
     assert numbers(tmp_path) == numbers(whole["ar"])
     assert read_rows(tmp_path / "rollouts.jsonl") == read_rows(whole["ar"] / "rollouts.jsonl")
 
@@ -136,7 +136,7 @@ def test_a_run_stopped_anywhere_goes_on_as_if_it_had_not_been(whole, tmp_path, m
 def test_several_updates_on_a_rollout(tmp_path):
     """Check that the third update is off the policy that sampled (the first has learning rate 0); a
     run is saved between rollouts alone."""
-    method.run(runs.run_config("ar", steps=6, num_iterations=3, checkpoint=saved(3)), tmp_path)
+    trainer.run(runs.run_config("ar", steps=6, num_iterations=3, checkpoint=saved(3)), tmp_path)
     rows = numbers(tmp_path)
     assert (
         rows[0]["rl/ratio_gap_max"] < 1e-5 < rows[2]["rl/ratio_gap"]
@@ -149,7 +149,7 @@ def test_several_updates_on_a_rollout(tmp_path):
 def test_stale_rewards_are_of_the_rollout_before(whole, tmp_path):
     """Check that its first rollout is the same; then it trains on samples from before the last
     update."""
-    method.run(runs.run_config("ar", off_policy_steps=1), tmp_path)
+    trainer.run(runs.run_config("ar", off_policy_steps=1), tmp_path)
     got, want = numbers(tmp_path), numbers(whole["ar"])
     assert (
         got[0]["rl/rewards/redness/mean"] == want[0]["rl/rewards/redness/mean"]
@@ -162,7 +162,7 @@ def test_truncated_sampling_is_replayed(tmp_path, capsys):
     truncated = dataclasses.replace(
         runs.run_config().rl.rollout, top_k=9, top_p=0.8, temperature=0.7, token_guidance=1.5
     )
-    method.run(runs.run_config("ar", rollout=truncated, num_generations=2, steps=2), tmp_path)
+    trainer.run(runs.run_config("ar", rollout=truncated, num_generations=2, steps=2), tmp_path)
     for row in numbers(tmp_path):
         assert (
             row["rl/ratio_gap_max"] < 1e-5
@@ -195,7 +195,7 @@ def test_flow_compares_images_of_the_same_tokens(tmp_path, monkeypatch, mesh):
         return call
 
     monkeypatch.setattr(rollout_programs, "make_rollout", recorded)
-    method.run(runs.run_config("flow", mesh=mesh, steps=2), tmp_path)
+    trainer.run(runs.run_config("flow", mesh=mesh, steps=2), tmp_path)
     assert len(rollouts) == 2 and "image_ids" not in rollouts[0]
     for arrays in rollouts:
         hidden_PGTD = arrays["hidden"].reshape(2, 4, *arrays["hidden"].shape[1:])
@@ -228,7 +228,7 @@ def test_the_log_says_what_each_image_was_drawn_from(whole):
 def test_the_optimizer_has_no_state_of_anything_frozen(policy, parts):
     """Check that both moments have the leaves of the trained parameters, and that there is no
     other array."""
-    plan = plan_state(method.resolved(runs.run_config(policy)), tiny.strategy())
+    plan = plan_state(trainer.resolved(runs.run_config(policy)), tiny.strategy())
     shapes = lambda tree: [
         (jax.tree_util.keystr(path), leaf.shape) for path, leaf in jax.tree.leaves_with_path(tree)
     ]
@@ -250,7 +250,7 @@ def test_the_reference_is_a_copy_of_what_is_trained_alone(tmp_path, monkeypatch)
 
     monkeypatch.setattr(RolloutIterator, "__init__", begin)
     with pytest.raises(KeyboardInterrupt):
-        method.run(runs.run_config("ar"), tmp_path)
+        trainer.run(runs.run_config("ar"), tmp_path)
     assert set(held["reference"]) == {"ar"} and {"dit", "vae", "tokenizer"} <= set(held["frozen"])
 
 
@@ -269,22 +269,22 @@ def test_low_rank_factors_go_on_from_a_checkpoint(tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(checkpoint.Checkpoints, "save", save)
-        method.run(cfg, tmp_path)
+        trainer.run(cfg, tmp_path)
     before = numbers(tmp_path)
-    method.run(cfg, tmp_path)
+    trainer.run(cfg, tmp_path)
     assert len(before) == 4 and numbers(tmp_path) == before and before[-1]["rl/kl"] > 0
 
 
 def test_settings_that_change_between_two_starts(tmp_path):
     """Check that a reference may be added later, and that rollouts may not end between two
     checkpoints."""
-    method.run(runs.run_config("ar", steps=1, kl_coef=0.0, checkpoint=saved(1)), tmp_path)
-    method.run(runs.run_config("ar", steps=2, kl_coef=0.1, checkpoint=saved(1)), tmp_path)
+    trainer.run(runs.run_config("ar", steps=1, kl_coef=0.0, checkpoint=saved(1)), tmp_path)
+    trainer.run(runs.run_config("ar", steps=2, kl_coef=0.1, checkpoint=saved(1)), tmp_path)
     assert ["rl/kl" in row for row in numbers(tmp_path)] == [False, True]
     with pytest.raises(
         ConfigError, match=r"rl\.num_iterations=3 does not divide the 2 steps that .* has done"
     ):
-        method.run(runs.run_config("ar", steps=6, num_iterations=3, checkpoint=saved(3)), tmp_path)
+        trainer.run(runs.run_config("ar", steps=6, num_iterations=3, checkpoint=saved(3)), tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -299,19 +299,19 @@ def test_settings_that_change_between_two_starts(tmp_path):
 )
 def test_settings_that_cannot_work(changes, message):
     with pytest.raises(ConfigError, match=message):
-        method.resolved(runs.run_config(**changes))
+        trainer.resolved(runs.run_config(**changes))
 
 
 def test_nothing_is_trained_that_has_no_gradient(tmp_path):
     with pytest.raises(ConfigError, match=r"names dit, which rl\.policy='ar' does not train"):
-        method.run(runs.run_config("ar", trainable=("ar/.*", "dit/.*")), tmp_path)
+        trainer.run(runs.run_config("ar", trainable=("ar/.*", "dit/.*")), tmp_path)
 
 
 def test_a_run_in_a_directory_in_use_starts_no_rewards(tmp_path, monkeypatch):
     started = []
-    monkeypatch.setattr(method, "RewardPool", lambda *args, **kwargs: started.append(args))
+    monkeypatch.setattr(trainer, "RewardPool", lambda *args, **kwargs: started.append(args))
     with WorkdirLock(tmp_path), pytest.raises(UserError, match="in use by another run"):
-        method.run(runs.run_config("ar"), tmp_path)
+        trainer.run(runs.run_config("ar"), tmp_path)
     assert not started
 
 
@@ -319,7 +319,7 @@ def test_a_prompt_that_does_not_fit(tmp_path):
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text(json.dumps({"prompt": "a red cat " * 40}) + "\n")
     with pytest.raises(UserError, match=r"data.max_length=72 leaves 68 next to the image"):
-        method.run(runs.run_config("ar", prompts_file=str(prompts)), tmp_path / "run")
+        trainer.run(runs.run_config("ar", prompts_file=str(prompts)), tmp_path / "run")
 
 
 def test_a_gap_between_drawing_and_scoring_can_stop_the_run(tmp_path):
@@ -327,13 +327,13 @@ def test_a_gap_between_drawing_and_scoring_can_stop_the_run(tmp_path):
         UserError,
         match=r"step 1: sampling and scoring disagree by .* more than rl.max_ratio_gap=1e-12",
     ):
-        method.run(runs.run_config("ar", max_ratio_gap=1e-12), tmp_path)
+        trainer.run(runs.run_config("ar", max_ratio_gap=1e-12), tmp_path)
 
 
 def test_images_without_a_reward_are_left_out_or_stop_the_run(tmp_path):
     """Use each prompt in one of two rollouts: in one of them half of the images have no score."""
     failing = (config.RewardConfig(name="python:tests.rl.redness.redness_but_of_pink"),)
-    method.run(
+    trainer.run(
         runs.run_config("ar", rewards=failing, retries=0, max_failed_fraction=0.5), tmp_path / "run"
     )
     rows = numbers(tmp_path / "run")
@@ -347,7 +347,7 @@ def test_images_without_a_reward_are_left_out_or_stop_the_run(tmp_path):
         match=r"4 of 8 images have no reward, .* rl\.max_failed_fraction=0\.4: "
         r"4 x .*its score is nan",
     ):
-        method.run(
+        trainer.run(
             runs.run_config("ar", rewards=failing, retries=0, max_failed_fraction=0.4),
             tmp_path / "strict",
         )
@@ -357,7 +357,7 @@ def test_groups_without_a_difference_are_refilled(tmp_path):
     """Use prompts of which half make such groups: of an epoch of two rollouts two groups are left,
     which is a batch. Metrics are of all samples."""
     reward = (config.RewardConfig(name="python:tests.rl.redness.redness_of_two"),)
-    method.run(runs.run_config("ar", rewards=reward, dynamic_sampling=2, steps=3), tmp_path)
+    trainer.run(runs.run_config("ar", rewards=reward, dynamic_sampling=2, steps=3), tmp_path)
     rows, lines = numbers(tmp_path), read_rows(tmp_path / "rollouts.jsonl")
     assert max(row["rl/num_gen_batches"] for row in rows) > 1 and rows[-1]["train/grad_norm"] > 0
     first = 0
@@ -378,7 +378,7 @@ def test_groups_without_a_difference_are_refilled(tmp_path):
 def test_another_start_is_refused(whole, tmp_path):
     """Check that the reference of a resumed run is the one it began with."""
     cfg = runs.run_config("ar", steps=1, checkpoint=saved(1))
-    method.run(cfg, tmp_path)
+    trainer.run(cfg, tmp_path)
     other = tuple(
         (part, str(whole["ar"] if part == "ar" else path))
         for part, path in cfg.checkpoint.init_from
@@ -387,4 +387,4 @@ def test_another_start_is_refused(whole, tmp_path):
         cfg, steps=2, checkpoint=dataclasses.replace(cfg.checkpoint, init_from=other)
     )
     with pytest.raises(UserError, match="holds other weights than when this run started"):
-        method.run(cfg, tmp_path)
+        trainer.run(cfg, tmp_path)

@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 
-from blip3o_jax import config, model_table
+from blip3o_jax import config, parameter_counts
 from blip3o_jax.config import loader
 from blip3o_jax.text.tokenizers import train_sentencepiece
 from blip3o_jax.train.vocabulary import expected_vocabulary
@@ -87,7 +87,7 @@ def stock() -> dict[str, int]:
 
 
 def test_the_published_sizes(stock):
-    counts = model_table.count_parameters(loader.load(f"{CONFIGS}/pretrain.py:1.7b"))
+    counts = parameter_counts.count_parameters(loader.load(f"{CONFIGS}/pretrain.py:1.7b"))
     assert {part: row["parameters"] for part, row in counts.items()} == stock
     # 217600 rows are stored for 217210 ids; the head is tied, so that they are there once.
     assert counts["ar"]["padding"] == (217600 - 217210) * 2048
@@ -103,7 +103,7 @@ def test_the_published_sizes(stock):
 def test_an_untied_head_is_counted_twice_with_its_padding():
     tied = tiny.run_config(model={"ar": {"vocab_size": 357}})
     untied = tiny.run_config(model={"ar": {"vocab_size": 357, "tie_word_embeddings": False}})
-    one, two = (model_table.count_parameters(cfg)["ar"] for cfg in (tied, untied))
+    one, two = (parameter_counts.count_parameters(cfg)["ar"] for cfg in (tied, untied))
     assert two["parameters"] - one["parameters"] == 357 * 32
     assert (one["padding"], two["padding"]) == (3 * 32, 2 * 3 * 32)
 
@@ -111,9 +111,9 @@ def test_an_untied_head_is_counted_twice_with_its_padding():
 @pytest.mark.parametrize("stage", config.STAGE_NAMES)
 def test_the_table_is_printed_for_every_stage(stage, capsys):
     cfg = tiny.run_config(stage=stage)
-    model_table.print_table(cfg)
+    parameter_counts.print_table(cfg)
     out = capsys.readouterr().out
-    counts = model_table.count_parameters(cfg)
+    counts = parameter_counts.count_parameters(cfg)
     for part, row in counts.items():
         assert part in out and f"{row['parameters']:,}" in out
     assert f"{sum(row['parameters'] for row in counts.values()):,}" in out

@@ -14,10 +14,11 @@ import optax
 import pytest
 
 from blip3o_jax import config as config_lib
+from blip3o_jax.train.freezing import trainable_filter
 from blip3o_jax.train.optimizer import learning_rate
-from blip3o_jax.train.stages import STAGES, Loss, make_loss, trainable_filter
+from blip3o_jax.train.stages import STAGES, Loss, make_loss
 from blip3o_jax.train.state import COUNTERS, create_state, plan_state
-from blip3o_jax.train.step import make_step
+from blip3o_jax.train.train_step import make_step
 from tests import tiny
 from tests.train.states import check_close, leaves, moments
 

@@ -19,10 +19,12 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from blip3o_jax import serving
 from blip3o_jax.config import UserError
-from blip3o_jax.connections import BUSY, ConnectionLimits, allow_open_files
-from blip3o_jax.serving import BackgroundServer, MemoryBudget, Refused, Service
+from blip3o_jax.serving import bodies
+from blip3o_jax.serving.bodies import MemoryBudget
+from blip3o_jax.serving.connections import BUSY, ConnectionLimits, allow_open_files
+from blip3o_jax.serving.refused import Refused
+from blip3o_jax.serving.service import BackgroundServer, Service, metrics_route
 
 LIMITS = ConnectionLimits(
     max_connections=8,
@@ -38,9 +40,9 @@ TOKEN = b"Authorization: Bearer secret\r\n"
 async def count(request):
     """Return the length of the body; on request, wait until the client leaves."""
     if "wait" in request.query_params:
-        await serving.unless_disconnected(request, asyncio.sleep(20))
-    serving.content_length(request, 1 << 24)
-    return JSONResponse(len(await serving.read_body(request, LIMITS)))
+        await bodies.unless_disconnected(request, asyncio.sleep(20))
+    bodies.content_length(request, 1 << 24)
+    return JSONResponse(len(await bodies.read_body(request, LIMITS)))
 
 
 async def large(request):
@@ -68,7 +70,7 @@ def service(registry):
         Route("/stumble", stumble),
         Route("/busy", busy),
         Route("/open", lambda request: JSONResponse("open")),
-        serving.metrics_route(registry),
+        metrics_route(registry),
     ]
     service = Service(
         "test",
@@ -252,7 +254,7 @@ def test_errors_of_work_that_is_dropped_are_logged_but_refusals_are_not(caplog):
 
     async def drop(error: Exception) -> None:
         with pytest.raises(ClientDisconnect):
-            await serving.unless_disconnected(Left(), fail(error))
+            await bodies.unless_disconnected(Left(), fail(error))
         await asyncio.sleep(0)
 
     for error, lines in ((Refused(503, "no"), []), (KeyError("stumbled"), ["dropped work failed"])):
@@ -387,7 +389,8 @@ SCRIPT = """
 import asyncio, sys
 from starlette.responses import JSONResponse
 from starlette.routing import Route
-from blip3o_jax import serving
+from blip3o_jax.serving.connections import ConnectionLimits
+from blip3o_jax.serving.service import Service, run_until_signal
 
 async def slow(request):
     print("asked", flush=True)
@@ -398,8 +401,8 @@ async def hang(request):
     await asyncio.sleep(60)
 
 routes = [Route("/slow", slow), Route("/hang", hang, methods=["GET", "POST"])]
-service = serving.Service("test", routes, limits=serving.ConnectionLimits(grace_seconds=1))
-stopped = serving.run_until_signal([service], lambda: print(service.url, flush=True))
+service = Service("test", routes, limits=ConnectionLimits(grace_seconds=1))
+stopped = run_until_signal([service], lambda: print(service.url, flush=True))
 print("stopped by", stopped.name)
 """
 

@@ -9,7 +9,8 @@ from rich.table import Table
 
 from blip3o_jax.blip3o import Blip3o, path_name
 from blip3o_jax.config import Config
-from blip3o_jax.train.stages import stage_parts, trainable_filter
+from blip3o_jax.train.freezing import trainable_filter
+from blip3o_jax.train.stages import stage_parts
 
 
 def count_parameters(config: Config) -> dict[str, dict[str, int]]:

@@ -12,7 +12,7 @@ from flax import nnx
 from blip3o_jax.ar import sampling
 from blip3o_jax.ar.qwen3 import Qwen3
 from blip3o_jax.config import SamplingConfig
-from blip3o_jax.rl.scoring import score_image_tokens
+from blip3o_jax.rl.log_probs import score_image_tokens
 from tests.ar.test_sampling import CFG, IMAGE_IDS, LENGTHS, N, keys, prompts
 from tests.conftest import relative_error
 

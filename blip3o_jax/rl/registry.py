@@ -2,7 +2,7 @@
 
 from blip3o_jax.config import Config, check_choice
 from blip3o_jax.rl.flow_policy import FlowPolicy
-from blip3o_jax.rl.policy import Policy
+from blip3o_jax.rl.protocol import Policy
 from blip3o_jax.rl.token_policy import TokenPolicy
 
 POLICIES: dict[str, tuple[type[Policy], ...]] = {

@@ -17,10 +17,10 @@ from typing import Any, Protocol
 import numpy as np
 
 from blip3o_jax.config import RewardConfig, UserError
-from blip3o_jax.rl.rewards import requests, scorer, worker
+from blip3o_jax.rl.rewards import requests, scorer_process, worker
 from blip3o_jax.rl.rewards.processes import ProcessEnded, Processes
 from blip3o_jax.rl.rewards.weighted import labels
-from blip3o_jax.serving import Refused
+from blip3o_jax.serving.refused import Refused
 
 START_TIMEOUT = 600.0  # seconds that a process may take to make its rewards: models are loaded
 PARSE_TIMEOUT = 60.0
@@ -49,9 +49,9 @@ class Scorers(Protocol):
         size: tuple[int, int],
         prompts: Sequence[str],
         metadata: Sequence[bytes],
-    ) -> tuple[list[scorer.ImageScore], float]:
-        """Score as `scorer.score` does. Raises TimeoutError or ProcessEnded, of a process that has
-        been replaced, and UserError where none starts."""
+    ) -> tuple[list[scorer_process.ImageScore], float]:
+        """Score as `scorer_process.score` does. Raises TimeoutError or ProcessEnded, of a process
+        that has been replaced, and UserError where none starts."""
         ...
 
     def close(self) -> None: ...
@@ -122,7 +122,7 @@ class ScorerProcesses:
         threads = max(1, (os.cpu_count() or 1) // count)
         start = functools.partial(
             Processes,
-            scorer.start,
+            scorer_process.start,
             (rewards, threads),
             workers=count,
             start_timeout=START_TIMEOUT,
@@ -148,9 +148,9 @@ class ScorerProcesses:
         size: tuple[int, int],
         prompts: Sequence[str],
         metadata: Sequence[bytes],
-    ) -> tuple[list[scorer.ImageScore], float]:
+    ) -> tuple[list[scorer_process.ImageScore], float]:
         arguments = (files, size, prompts, metadata)
-        return await self._processes.call(scorer.score, lambda: arguments, self._timeout)
+        return await self._processes.call(scorer_process.score, lambda: arguments, self._timeout)
 
     def close(self) -> None:
         self._processes.now.close()

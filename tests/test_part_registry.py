@@ -8,14 +8,14 @@ import types
 import pytest
 from flax import nnx
 
-from blip3o_jax import config, parts
+from blip3o_jax import config, part_registry
 from blip3o_jax.ar.protocol import LanguageModel
 from blip3o_jax.dit.protocol import DiffusionHead
 from blip3o_jax.image_tokens.protocol import ImageTokenizer
-from blip3o_jax.parts import PART_TABLE, resolve
+from blip3o_jax.part_registry import PART_TABLE, resolve
 from blip3o_jax.vae.protocol import Autoencoder
 
-PACKAGE = pathlib.Path(parts.__file__).parent
+PACKAGE = pathlib.Path(part_registry.__file__).parent
 PROTOCOLS = {
     "tokenizer": (ImageTokenizer, config.ImageTokenizerConfig),
     "ar": (LanguageModel, config.LanguageModelConfig),
@@ -49,12 +49,12 @@ def test_every_part_has_a_seed_index_of_its_own():
     parts_ += ("latent_connector", "feature_connector")
     found = {part: spec.seed_index for part, spec in PART_TABLE.items()}
     assert found == {part: index for index, part in enumerate(parts_)}
-    assert len(found) == parts.IMAGE_EMBEDDING_SEED_INDEX
+    assert len(found) == part_registry.IMAGE_EMBEDDING_SEED_INDEX
 
 
 def test_settings_of_no_family_are_a_bug_that_names_the_table():
-    with pytest.raises(TypeError, match=r"part 'ar' has no family for int: see parts\.py"):
-        parts.family_of("ar", types.SimpleNamespace(ar=3))
+    with pytest.raises(TypeError, match=r"part 'ar' has no family for int: see part_registry\.py"):
+        part_registry.family_of("ar", types.SimpleNamespace(ar=3))
 
 
 def test_nothing_but_the_table_and_a_familys_own_files_names_a_network():

@@ -14,10 +14,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from blip3o_jax.config import ModelConfig, PartConfig
-from blip3o_jax.config.autoencoder import DcAeConfig
-from blip3o_jax.config.diffusion import MMDiTConfig, SanaConfig
-from blip3o_jax.config.image_tokenizer import TaTokConfig
-from blip3o_jax.config.language_model import Qwen2Config, Qwen3Config
+from blip3o_jax.config.ar import Qwen2Config, Qwen3Config
+from blip3o_jax.config.dit import MMDiTConfig, SanaConfig
+from blip3o_jax.config.image_tokens import TaTokConfig
+from blip3o_jax.config.vae import DcAeConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,7 +178,9 @@ def family_of(part: str, cfg: ModelConfig) -> Family:
     for family in PART_TABLE[part].families:
         if isinstance(settings, family.settings):
             return family
-    raise TypeError(f"part {part!r} has no family for {type(settings).__name__}: see parts.py")
+    raise TypeError(
+        f"part {part!r} has no family for {type(settings).__name__}: see part_registry.py"
+    )
 
 
 def make_part(part: str, cfg: ModelConfig, rngs: Any) -> Any:

@@ -1,6 +1,6 @@
 """Define the interface of a policy: a distribution that a rollout samples from, with its loss.
 
-`token_policy.py` and `flow_policy.py` implement `Policy`, and the table of `policies.py` maps the
+`token_policy.py` and `flow_policy.py` implement `Policy`, and the table of `registry.py` maps the
 setting `rl.policy` to those that a run trains. Rollout, reference, loss and ratio monitor go
 through the policies of a run in the order of the table, and none of these names one.
 """

@@ -9,8 +9,8 @@ import pytest
 
 from blip3o_jax.config import UserError
 from blip3o_jax.rl.rewards.processes import Future, ProcessEnded
-from blip3o_jax.rl.rewards.scorers import Renewed, RequestParser
-from blip3o_jax.serving import Refused
+from blip3o_jax.rl.rewards.server_processes import Renewed, RequestParser
+from blip3o_jax.serving.refused import Refused
 from tests.rl.rewards.in_process import body, png
 
 

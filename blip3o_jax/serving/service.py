@@ -22,11 +22,8 @@ import threading
 import time
 from collections.abc import (
     AsyncIterator,
-    Awaitable,
     Callable,
-    Iterator,
     Mapping,
-    MutableMapping,
     Sequence,
 )
 from typing import Any, cast
@@ -36,123 +33,16 @@ import uvicorn
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
 from blip3o_jax.config import UserError
-from blip3o_jax.connections import BACKLOG, Connection, ConnectionLimits, allow_open_files
+from blip3o_jax.serving.answer import Answer, ClientStuck
+from blip3o_jax.serving.connections import BACKLOG, Connection, ConnectionLimits, allow_open_files
+from blip3o_jax.serving.refused import Refused, refusal
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 MAX_HEADERS = 1 << 16  # bytes before a body
-
-
-class Refused(Exception):
-    """Answer a request with `status` and one line, {"error": line}. 429 and 503 get a Retry-After
-    of 1 s unless `headers` has one."""
-
-    def __init__(self, status: int, line: str, headers: Mapping[str, str] | None = None):
-        super().__init__(status, line, headers)  # `args`, which pickle calls the class with
-        self.status = status
-        self.line = " ".join(line.split())  # one line, whatever text it quotes
-        self.headers = dict(headers or {})
-        if status in (429, 503):
-            self.headers.setdefault("Retry-After", "1")
-
-    def __str__(self) -> str:
-        return self.line
-
-
-class MemoryBudget:
-    """Bound the bytes that all current requests take together. An eighth of `size` is for requests
-    of up to `small` bytes only. Not thread-safe: use it in one event loop."""
-
-    def __init__(self, size: int, small: int = 1 << 20):
-        self.size = size
-        self.reserved = 0
-        self._small = small
-
-    @contextlib.contextmanager
-    def reserve(self, size: int) -> Iterator[None]:
-        """Reserve `size` bytes for a `with` block. Raises Refused (503) if too few are free."""
-        # The reserve for small requests: a few large bodies must not lock out health checks and
-        # small clients.
-        limit = self.size if size <= self._small else self.size - self.size // 8
-        if self.reserved + size > limit:
-            raise Refused(503, "the current requests take all the memory: try again later")
-        self.reserved += size
-        try:
-            yield
-        finally:
-            self.reserved -= size
-
-
-def content_length(request: Request, largest: int) -> int:
-    """Return the length in bytes that the headers give. Raises Refused: 411 without a
-    Content-Length, 400 if it is not a number, 413 if it exceeds `largest`."""
-    length = request.headers.get("content-length")
-    # A chunked body has no length in advance, for which memory could be reserved.
-    if length is None or "transfer-encoding" in request.headers:
-        raise Refused(411, "send the body in one piece, with its Content-Length")
-    if not (length.isascii() and length.isdigit()):
-        raise Refused(400, "Content-Length is not a number")
-    # The number of digits first: Python refuses to convert more than 4300.
-    if len(length) > 15 or int(length) > largest:
-        raise Refused(413, f"the body is longer than {largest} bytes")
-    return int(length)
-
-
-async def read_body(request: Request, limits: ConnectionLimits) -> bytearray:
-    """Read the whole body. Raises Refused (408) after `body_seconds` or `idle_seconds` without a
-    piece, and ClientDisconnect if the client leaves."""
-    body = bytearray()
-    pieces = aiter(request.stream())
-    try:
-        # Two deadlines: the inner one for a client that has stopped, the outer one for a client
-        # that sends a byte at a time.
-        async with asyncio.timeout(limits.body_seconds):
-            while True:
-                async with asyncio.timeout(limits.idle_seconds):
-                    body += await anext(pieces)
-    except StopAsyncIteration:
-        return body
-    except TimeoutError:
-        raise Refused(
-            408, f"the body did not come within {limits.body_seconds:g} s, or stopped coming"
-        ) from None
-
-
-async def unless_disconnected(request: Request, work: Awaitable[Any]) -> Any:
-    """Return the result of `work`, or cancel it and raise ClientDisconnect once the client has
-    left. The body must have been read."""
-    task = asyncio.ensure_future(work)
-    left = asyncio.ensure_future(_disconnected(request))
-    try:
-        await asyncio.wait((task, left), return_when=asyncio.FIRST_COMPLETED)
-    except BaseException:
-        _drop(task)
-        raise
-    finally:
-        left.cancel()
-    if not task.done():
-        _drop(task)
-        raise ClientDisconnect
-    return task.result()
-
-
-def _drop(task: asyncio.Future) -> None:
-    """Cancel work whose result is not needed. Log an error in it, unless it is a refusal."""
-
-    def log(task: asyncio.Future) -> None:
-        if not task.cancelled() and not isinstance(task.exception(), Refused | None):
-            logging.error("dropped work failed", exc_info=task.exception())
-
-    task.cancel()
-    task.add_done_callback(log)
-
-
-async def _disconnected(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
 
 
 class Service:
@@ -239,16 +129,16 @@ class Service:
     async def _serve_request(
         self, scope: dict[str, Any], receive: Callable, send: Callable
     ) -> None:
-        answer = _Answer(scope, receive, send, self.limits)
+        answer = Answer(scope, receive, send, self.limits)
         began = time.monotonic()
         try:
             await self._respond(scope, answer)
         except asyncio.CancelledError:  # grace_seconds are over
             if answer.status is None:
                 ending = Refused(503, "the service is ending: try again later")
-                with contextlib.suppress(_ClientStuck):
-                    await _refusal(ending)(scope, answer.receive, answer.send)
-        except _ClientStuck:  # `Connection` aborts a connection whose answer is incomplete
+                with contextlib.suppress(ClientStuck):
+                    await refusal(ending)(scope, answer.receive, answer.send)
+        except ClientStuck:  # `Connection` aborts a connection whose answer is incomplete
             pass
         except Exception:
             logging.exception("a request failed")
@@ -256,78 +146,17 @@ class Service:
             self._requests.labels(answer.status or 499).inc()
             self._seconds.observe(time.monotonic() - began)
 
-    async def _respond(self, scope: dict[str, Any], answer: "_Answer") -> None:
+    async def _respond(self, scope: dict[str, Any], answer: Answer) -> None:
         if (
             self._token
             and scope["path"] not in self._open_paths
             and not _has_token(scope, self._token)
         ):
             line = "the header 'Authorization: Bearer TOKEN' is missing or wrong"
-            refusal = Refused(401, line, {"WWW-Authenticate": "Bearer"})
-            await _refusal(refusal)(scope, answer.receive, answer.send)
+            refused = Refused(401, line, {"WWW-Authenticate": "Bearer"})
+            await refusal(refused)(scope, answer.receive, answer.send)
         else:
             await self._app(scope, answer.receive, answer.send)
-
-
-class _ClientStuck(Exception):
-    """Signal that a client does not read its answer."""
-
-
-class _Answer:
-    """Wrap `receive` and `send` of one request: bound the time of each send, and close the
-    connection after a refusal whose body is unread.
-
-    It closes only once the body has been read and dropped, or after `linger_seconds`: the kernel
-    resets a connection that is closed with unread data, and the client may lose the answer.
-    """
-
-    def __init__(
-        self, scope: Mapping[str, Any], receive: Callable, send: Callable, limits: ConnectionLimits
-    ):
-        self._receive = receive
-        self._send = send
-        self._limits = limits
-        names = {name for name, _ in scope["headers"]}
-        self._unread = bool(names & {b"content-length", b"transfer-encoding"})
-        self._closing = False
-        self.status: int | None = None
-
-    async def receive(self) -> MutableMapping[str, Any]:
-        message = await self._receive()
-        if message["type"] != "http.request" or not message.get("more_body", False):
-            self._unread = False
-        return message
-
-    async def send(self, message: MutableMapping[str, Any]) -> None:
-        if message["type"] == "http.response.start":
-            self.status = message["status"]
-            self._closing = self._unread and self.status >= 400
-            if self._closing:
-                headers = [*message.get("headers", ()), (b"connection", b"close")]
-                message = {**message, "headers": headers}
-        elif self._closing and not message.get("more_body", False):
-            # The answer is sent, but its end is held back while the rest of the body is read:
-            # uvicorn closes the connection at the end.
-            await self._bounded({**message, "more_body": True})
-            if self.status != 408:  # this body has had its time already
-                await self._linger()
-            message = {"type": "http.response.body", "body": b"", "more_body": False}
-        await self._bounded(message)
-
-    async def _bounded(self, message: MutableMapping[str, Any]) -> None:
-        """Send within `answer_seconds`. Raises _ClientStuck."""
-        try:
-            async with asyncio.timeout(self._limits.answer_seconds):
-                await self._send(message)
-        except TimeoutError:
-            raise _ClientStuck from None
-
-    async def _linger(self) -> None:
-        """Read and drop the rest of the body, for up to `linger_seconds`."""
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(self._limits.linger_seconds):
-                while self._unread:
-                    await self.receive()
 
 
 def metrics_route(registry: prometheus_client.CollectorRegistry) -> Route:
@@ -443,13 +272,9 @@ def _request_metrics(
     return requests, seconds
 
 
-def _refusal(refused: Refused) -> Response:
-    return JSONResponse({"error": refused.line}, refused.status, refused.headers)
-
-
 async def _refused(request: Request, error: Exception) -> Response:
     assert isinstance(error, Refused)
-    return _refusal(error)
+    return refusal(error)
 
 
 async def _gone(request: Request, error: Exception) -> Response:
@@ -459,7 +284,7 @@ async def _gone(request: Request, error: Exception) -> Response:
 
 async def _failed(request: Request, error: Exception) -> Response:
     """Answer an error of the server. Starlette raises `error` again, and `Service` logs it."""
-    return _refusal(Refused(500, "the server failed; its log says why"))
+    return refusal(Refused(500, "the server failed; its log says why"))
 
 
 async def _not_routed(request: Request, error: Exception) -> Response:
@@ -467,6 +292,6 @@ async def _not_routed(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     path = request.scope["path"][:80]
     lines = {404: f"there is no {path}", 405: f"{path} does not take {request.method[:20]}"}
-    return _refusal(
+    return refusal(
         Refused(error.status_code, lines.get(error.status_code, error.detail), error.headers)
     )

@@ -17,7 +17,7 @@ from blip3o_jax.parallel.distributed import process_index
 from blip3o_jax.rl import rollout_programs
 from blip3o_jax.rl.log import RolloutLog
 from blip3o_jax.rl.loss import make_loss
-from blip3o_jax.rl.policies import has_reference, make_policies
+from blip3o_jax.rl.registry import has_reference, make_policies
 from blip3o_jax.rl.rewards.pool import RewardPool
 from blip3o_jax.rl.rollouts import RolloutIterator
 from blip3o_jax.text.vocabulary import Vocabulary
@@ -26,7 +26,7 @@ from blip3o_jax.train.fingerprint import weights_fingerprint
 from blip3o_jax.train.initialize import restore_init_parts
 from blip3o_jax.train.loop import RunContext, Summary, TrainerSpec
 from blip3o_jax.train.state import TrainState, merge_trees
-from blip3o_jax.train.step import make_step
+from blip3o_jax.train.train_step import make_step
 from blip3o_jax.train.vocabulary import with_vocabulary
 
 

@@ -1,0 +1,1 @@
+"""HTTP services within limits, independent of what they serve."""
