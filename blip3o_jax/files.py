@@ -276,3 +276,20 @@ def _check_writable(out: pathlib.Path, flag: str) -> None:
         raise UserError(
             f"{flag}={out}: no file can be made in {directory} ({reason}): choose another"
         ) from error
+
+
+def cache_directory() -> pathlib.Path:
+    """Return the user's cache directory, for data that can be regenerated; it exists and is
+    writable. Raises UserError if none can be made.
+    """
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    mine = pathlib.Path(home, "blip3o_jax")
+    # For a read-only home, as in some containers. Others can write to the directory it lies in.
+    fallback = pathlib.Path(tempfile.gettempdir(), f"blip3o_jax-{os.getuid()}")
+    for directory in (mine, fallback):
+        with contextlib.suppress(OSError):
+            directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+            owned = directory is mine or directory.stat().st_uid == os.getuid()
+            if owned and os.access(directory, os.W_OK | os.X_OK):
+                return directory
+    raise UserError("no cache directory can be made: set XDG_CACHE_HOME to one with room")

@@ -17,14 +17,16 @@ if importlib.metadata.version("jax").startswith("0.10."):
         f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false".strip()
     )
 
+# In the environment, for the processes that tests start too.
+os.environ["JAX_COMPILATION_CACHE_DIR"] = str(pathlib.Path(__file__).parent.parent / ".jax_cache")
+
 import jax
 import numpy as np
 import pytest
 
-CACHE = pathlib.Path(__file__).parent.parent / ".jax_cache"
+CACHE = pathlib.Path(os.environ["JAX_COMPILATION_CACHE_DIR"])
 
 jax.config.update("jax_num_cpu_devices", 8)
-jax.config.update("jax_compilation_cache_dir", str(CACHE))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 jax.config.update("jax_default_matmul_precision", "highest")
 jax.config.update("jax_disable_most_optimizations", True)

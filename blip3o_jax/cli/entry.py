@@ -11,6 +11,7 @@ import traceback
 from collections.abc import Sequence
 
 from blip3o_jax import exits, files
+from blip3o_jax.cli.compilation_cache import set_compilation_cache
 from blip3o_jax.cli.parser import parse
 from blip3o_jax.config import UserError
 from blip3o_jax.config.errors import escaped
@@ -30,6 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     try:
         _check_out(args)
+        set_compilation_cache(getattr(args, "compile_cache", None))
         return args.run(args) or 0
     except BaseException as error:
         status = exits.process.report(error)

@@ -62,7 +62,7 @@ def add_workdir(parser: argparse.ArgumentParser) -> None:
         "--compile_cache",
         type=arguments.path,
         metavar="DIR",
-        help="directory that stores compiled programs for the next start",
+        help="directory that stores compiled programs for the next start (in ~/.cache/blip3o_jax)",
     )
 
 

@@ -27,7 +27,6 @@ def on_all_hosts(
         with files.writing(workdir):
             run(workdir)
 
-    distributed.set_compilation_cache(args.compile_cache)
     return distributed.run(launch, job)
 
 

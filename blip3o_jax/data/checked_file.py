@@ -6,17 +6,13 @@ Little-endian:
     MAGIC, CRC32C of all that follows (u4), length of the header (u4), the header (JSON), arrays
 """
 
-import contextlib
 import json
 import os
-import pathlib
-import tempfile
 from typing import Any
 
 import numpy as np
 
 from blip3o_jax.checksums import crc32c
-from blip3o_jax.config import UserError
 
 MAGIC = b"blip3o arrays 1\n"  # with the version of the layout
 _DTYPES = ("<i8", "<u4", "|u1")  # a file may come from anywhere: no objects
@@ -79,20 +75,3 @@ def unpack(
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise DamagedArrays(f"its layout makes no sense ({error})") from None
     return header, arrays
-
-
-def cache_directory() -> pathlib.Path:
-    """Return the user's cache directory, for data that can be regenerated; it exists and is
-    writable. Raises UserError if none can be made.
-    """
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    mine = pathlib.Path(home, "blip3o_jax")
-    # For a read-only home, as in some containers. Others can write to the directory it lies in.
-    fallback = pathlib.Path(tempfile.gettempdir(), f"blip3o_jax-{os.getuid()}")
-    for directory in (mine, fallback):
-        with contextlib.suppress(OSError):
-            directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-            owned = directory is mine or directory.stat().st_uid == os.getuid()
-            if owned and os.access(directory, os.W_OK | os.X_OK):
-                return directory
-    raise UserError("no cache directory can be made: set XDG_CACHE_HOME to one with room")

@@ -24,7 +24,7 @@ import numpy as np
 from blip3o_jax import files
 from blip3o_jax import progress as progress_lib
 from blip3o_jax.config import UserError
-from blip3o_jax.data.checked_file import DamagedArrays, cache_directory, pack, unpack
+from blip3o_jax.data.checked_file import DamagedArrays, pack, unpack
 from blip3o_jax.data.index import DIRECTORY, VERSION, Counts, DatasetIndex, IndexFile, ShardIndex
 
 THREADS = 16  # records are far apart on the disk: most time is spent waiting for it
@@ -316,7 +316,7 @@ def _index_paths(shard: str, shard_format: ShardFormat) -> Iterator[pathlib.Path
         name = f"{hashlib.sha256(os.fsencode(name)).hexdigest()[:32]}.index"
     yield pathlib.Path(os.path.dirname(path), DIRECTORY, name)
     place = hashlib.sha256(os.fsencode(path)).hexdigest()[:16]
-    yield cache_directory() / "index" / f"{place}-{name}"
+    yield files.cache_directory() / "index" / f"{place}-{name}"
 
 
 def _build_indexes(

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from blip3o_jax import files
-from blip3o_jax.data.checked_file import DamagedArrays, cache_directory, pack, unpack
+from blip3o_jax.data.checked_file import DamagedArrays, pack, unpack
 from blip3o_jax.data.record import CHANGED, BadRecord, Record, Source, read_record
 from blip3o_jax.progress import Progress
 
@@ -34,7 +34,7 @@ def scan(
     """
     asked = [source.fingerprint, settings]
     key = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
-    file = cache_directory() / f"{name}-{key}"
+    file = files.cache_directory() / f"{name}-{key}"
     with contextlib.suppress(OSError, DamagedArrays):  # it is then computed again
         numbers_N = unpack(file)[1]["numbers"]
         if len(numbers_N) == len(source):

@@ -142,13 +142,6 @@ def set_phase(phase: str, step: int) -> None:
         peers.step = step
 
 
-def set_compilation_cache(directory: pathlib.Path | None) -> None:
-    """Set JAX's compilation cache to `directory`; None keeps JAX_COMPILATION_CACHE_DIR."""
-    if directory is not None:
-        directory.mkdir(parents=True, exist_ok=True)
-        jax.config.update("jax_compilation_cache_dir", str(directory.absolute()))
-
-
 def run(launch: Launch, job: Callable[[], object]) -> int:
     """Join the job, run it, leave it, and return the exit status.
 
