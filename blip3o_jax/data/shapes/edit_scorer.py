@@ -7,7 +7,8 @@
     correct   both
 
 Where the background changes, the pixels that must not change are those inside the objects, without
-their edges.
+their edges; of an object too thin to have such pixels (a small ring at 48 pixels a side), those
+that it covers most. Every object has some, so that none can be lost unseen.
 """
 
 import dataclasses
@@ -62,14 +63,12 @@ def preservation(input_HWC: np.ndarray, output_HWC: np.ndarray, metadata: Metada
 
 
 def psnr(a: np.ndarray, b: np.ndarray) -> float:
-    """Return the PSNR of uint8 pixels in dB; MAX_PSNR where they are equal or where there are
-    none."""
+    """Return the PSNR of uint8 pixels in dB, MAX_PSNR where they are equal. Raises ValueError where
+    there are none: nothing compared is not equality."""
+    if not a.size:
+        raise ValueError("no pixels to compare")
     gap = (a.astype(np.float64) - b) / 255
-    return (
-        min(MAX_PSNR, -10 * math.log10(max(float(np.mean(gap**2)), 1e-12)))
-        if gap.size
-        else MAX_PSNR
-    )
+    return min(MAX_PSNR, -10 * math.log10(max(float(np.mean(gap**2)), 1e-12)))
 
 
 def _stays(size: int, metadata: Metadata) -> np.ndarray:
@@ -86,10 +85,16 @@ def _stays(size: int, metadata: Metadata) -> np.ndarray:
         covered, rows, columns = coverage(
             thing["shape"], thing["x"], thing["y"], thing["side"], size
         )
-        stays_HW[rows, columns] |= (
-            cv2.erode((covered > 0.99).astype(np.uint8), np.ones((3, 3), np.uint8)) > 0
-        )
+        stays_HW[rows, columns] |= _inside(covered)
     return stays_HW
+
+
+def _inside(covered_hw: np.ndarray) -> np.ndarray:
+    """Return the pixels inside an object, given the fraction of each that it covers: bool [h, w],
+    at least one. The edges are left out where that leaves any."""
+    full_hw = covered_hw >= min(0.99, float(covered_hw.max()))
+    core_hw = cv2.erode(full_hw.astype(np.uint8), np.ones((3, 3), np.uint8)) > 0
+    return core_hw if core_hw.any() else full_hw
 
 
 def _problem(output_HWC: np.ndarray, metadata: Metadata) -> str | None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from blip3o_jax.data.shapes import edit_scorer, places, render
-from blip3o_jax.data.shapes.edits import KINDS, prompts, sample_edit
+from blip3o_jax.data.shapes.edits import KINDS, PAPER_NAMES, prompts, sample_edit
 from blip3o_jax.data.shapes.scene import SPOTS, facts
 from blip3o_jax.data.shapes.vocabulary import COLOURS, HELD_OUT
 
@@ -48,6 +48,31 @@ def test_what_is_asked_for_is_right_and_the_input_never_is(edits, pictures):
         assert done.correct and done.psnr == 60, (edit.instruction, done)
         left = edit_scorer.score_edit(before, before, edit.metadata)
         assert not left.success and left.psnr == 60, (edit.instruction, left)
+
+
+@pytest.mark.parametrize("size", [48, 64, 128])
+def test_images_without_the_edit_score_nothing(size):
+    """Score constant images, noise, the unchanged input and the true target over 280 held-out
+    edits: a thin ring at 48 pixels too has pixels that must not change."""
+    random = np.random.default_rng(0)
+    wrong = []
+    for edit in (sample_edit(0, index, "test") for index in range(280)):
+        before, after = (render(scene, size) for scene in (edit.before, edit.after))
+        outputs = {
+            "grey": np.full_like(before, 128),
+            **{name: np.full_like(before, colour) for name, colour in PAPER_NAMES.items()},
+            "noise": random.integers(0, 256, before.shape, np.uint8),
+            "light noise": random.integers(200, 256, before.shape, np.uint8),
+            "input": before,
+            "target": after,
+        }
+        for name, output in outputs.items():
+            result = edit_scorer.score_edit(before, output, edit.metadata)
+            if result.correct != (name == "target"):
+                wrong.append((name, edit.instruction, result))
+    assert not wrong
+    with pytest.raises(ValueError, match="no pixels"):
+        edit_scorer.psnr(before[:0], before[:0])
 
 
 def test_another_edit_of_the_same_scene_is_wrong(edits, pictures):
