@@ -15,14 +15,15 @@ from typing import Any
 import jax
 import numpy as np
 
+from blip3o_jax import checksums, parameter_counts
 from blip3o_jax import config as config_lib
-from blip3o_jax import parameter_counts
 from blip3o_jax import pipeline as pipelines
-from blip3o_jax.config import Config
+from blip3o_jax.config import Config, UserError
 from blip3o_jax.data import images
 from blip3o_jax.evaluation import report
 from blip3o_jax.provenance import provenance
 from blip3o_jax.train import recipe as recipes
+from blip3o_jax.train.loop import Summary
 from blip3o_jax.train.metrics import read_rows
 
 # By the kind of a stage (`Config.title`): its name in a recipe is free.
@@ -45,15 +46,14 @@ NOTES = {
         "rl/rewards/shapes/correct/mean."
     ),
 }
+DURATIONS = "durations.json"  # in the working directory
 SHOWN = 8  # pictures of the autoencoder, and of the image tokens
 
 
 def train(stages: Mapping[str, Config], workdir: pathlib.Path, clock: "Clock") -> None:
     """Train the stages under `workdir`/train, or what is left of them."""
-    summaries = recipes.run(dict(stages), workdir / "train")
-    clock.seconds |= {
-        shown_name(name, stages[name]): summary.seconds for name, summary in summaries.items()
-    }
+    for name, summary in recipes.run(dict(stages), workdir / "train").items():
+        clock.trained(shown_name(name, stages[name]), summary)
 
 
 @contextlib.contextmanager
@@ -70,22 +70,61 @@ def quick_compile() -> Iterator[None]:
 
 
 class Clock:
-    """Measure the seconds of named parts, in order."""
+    """Measure the seconds of named parts, in order, and the peak memory in GiB, over all starts of
+    the demonstration in `workdir`: a part that an earlier start has done keeps what it took then,
+    since a later start finds its result and takes less.
+    """
 
-    def __init__(self) -> None:
+    def __init__(self, workdir: pathlib.Path) -> None:
         self.seconds: dict[str, float] = {}
+        self.cpu_seconds: dict[str, float] = {}
+        self._path = workdir / DURATIONS
+        self._before = _read_durations(self._path)
 
     @contextlib.contextmanager
     def __call__(self, name: str) -> Iterator[None]:
         print(f"--- {name}", file=sys.stderr, flush=True)
         began = time.monotonic()
+        cpu_began = time.process_time()
         yield
-        self.seconds[name] = time.monotonic() - began
+        took = [time.monotonic() - began, time.process_time() - cpu_began]
+        self.seconds[name], self.cpu_seconds[name] = self._before["parts"].get(name, took)
+        self._write()
+
+    def trained(self, name: str, summary: Summary) -> None:
+        """Count a stage of training, whose own log adds up what it took. The parts after a stage
+        that was trained further are measured again.
+        """
+        if summary.metrics:
+            self._before["parts"].clear()
+        self.seconds[name] = summary.seconds
+        self.cpu_seconds[name] = summary.cpu_seconds
+        self._write()
+
+    def peak_memory(self) -> float:
+        """Return the largest peak memory of the processes of all starts, GiB."""
+        now = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        return max(now, self._before["peak_memory_gib"])
+
+    def _write(self) -> None:
+        parts = {name: [self.seconds[name], self.cpu_seconds[name]] for name in self.seconds}
+        value = {
+            "parts": self._before["parts"] | parts,
+            "peak_memory_gib": self.peak_memory(),
+        }
+        checksums.write_json(self._path, value)
 
 
-def peak_memory() -> float:
-    """Return the peak memory of this process in GiB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+def _read_durations(path: pathlib.Path) -> dict[str, Any]:
+    """Return what `Clock` wrote for earlier starts: {"parts": {name: [seconds, CPU seconds]},
+    "peak_memory_gib"}.
+    """
+    if not path.exists():
+        return {"parts": {}, "peak_memory_gib": 0.0}
+    try:
+        return checksums.read_json(path)
+    except checksums.DamagedFile as error:
+        raise UserError(f"{error}, or remove it: the report then counts from now on") from error
 
 
 def inner_workings(
@@ -138,7 +177,7 @@ def facts_of_run(
         "seconds": clock.seconds,
         "facts": {
             "parameters": f"{parameters / 1e6:.1f} M",
-            "peak memory": f"{peak_memory():.1f} GiB",
+            "peak memory": f"{clock.peak_memory():.1f} GiB",
         },
         "configuration": {
             shown_name(name, stage): config_lib.to_dict(stage) for name, stage in stages.items()

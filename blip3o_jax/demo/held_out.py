@@ -6,7 +6,6 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import pathlib
-import resource
 import sys
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -65,7 +64,7 @@ def _shortened(stage: Config) -> Config:
 
 
 def _run(stages: dict[str, Config], workdir: pathlib.Path) -> dict[str, Any]:
-    clock = chain.Clock()
+    clock = chain.Clock(workdir)
     chain.train(stages, workdir, clock)
     with clock("sample held-out captions"):
         pipeline = pipelines.load(workdir / "train")
@@ -85,15 +84,14 @@ def _run(stages: dict[str, Config], workdir: pathlib.Path) -> dict[str, Any]:
         results = _results(stages, workdir, pipeline, generated.codes, shown, right, clock, facts)
         report.write_report(results, path)
     print(f"report: {path}", file=sys.stderr)
-    used = resource.getrusage(resource.RUSAGE_SELF)
     return {
         "matched": round(float(right.mean()), 4),
         "by_chance": round(1 / min(nearest.CHOICES, len(right)), 4),
         "held_out_captions": len(captions),
         "seconds": round(sum(clock.seconds.values()), 1),
-        "cpu_seconds": round(used.ru_utime + used.ru_stime, 1),
+        "cpu_seconds": round(sum(clock.cpu_seconds.values()), 1),
         "report": str(path),
-        "peak_memory_gib": round(chain.peak_memory(), 2),
+        "peak_memory_gib": round(clock.peak_memory(), 2),
     }
 
 

@@ -50,7 +50,7 @@ def run(workdir: str | pathlib.Path, *, fast: bool = False) -> dict[str, Any]:
 
 
 def _run(workdir: pathlib.Path, fast: bool) -> dict[str, Any]:
-    clock = chain.Clock()
+    clock = chain.Clock(workdir)
     num_prompts = 28 if fast else 350
     with clock("data"):
         data_dir = builder.prepare(
@@ -73,7 +73,7 @@ def _run(workdir: pathlib.Path, fast: bool) -> dict[str, Any]:
     stages["rl"] = reinforcement(
         workdir / "train", str(data_dir / builder.PROMPTS.format(split="train")), fast=fast
     )
-    clock.seconds["rl"] = trainer.run(stages["rl"], workdir / "rl").seconds
+    clock.trained("rl", trainer.run(stages["rl"], workdir / "rl"))
     after = _evaluate(workdir, "rl", num_prompts, clock)
     with clock("edit, answer and score"):
         image_tasks = _evaluate_image_tasks(workdir, num_prompts)
@@ -93,7 +93,7 @@ def _run(workdir: pathlib.Path, fast: bool) -> dict[str, Any]:
         "categories": {name: round(share, 4) for name, share in scores["categories"].items()},
         "real_images": round(after.baselines["real_images"].overall, 4),
         "random_images": round(after.baselines["random_images"].overall, 4),
-        "peak_memory_gib": round(chain.peak_memory(), 2),
+        "peak_memory_gib": round(clock.peak_memory(), 2),
     }
 
 

@@ -33,7 +33,7 @@ from blip3o_jax.train.checkpoint import RECIPE, Checkpoints
 from blip3o_jax.train.flops import peak_flops
 from blip3o_jax.train.initialize import restore_or_create
 from blip3o_jax.train.memory import check_memory
-from blip3o_jax.train.metrics import GROUPS, MetricLog, SilentLog
+from blip3o_jax.train.metrics import GROUPS, MetricLog, SilentLog, Spent
 from blip3o_jax.train.profile_window import ProfileWindow
 from blip3o_jax.train.stages import Batch
 from blip3o_jax.train.state import StatePlan, TrainState, plan_state
@@ -43,14 +43,16 @@ from blip3o_jax.train.workdir import WorkdirLock
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """Hold the outcome of a finished run: the directory of its checkpoints, its last metrics, and
-    its duration in seconds.
+    """Hold the outcome of a finished run: the directory of its checkpoints, the last metrics (none
+    where nothing was left to train), and the seconds, also of CPU time, from its start to its last
+    step, over all its resumptions.
     """
 
     checkpoint: pathlib.Path
     step: int
     metrics: dict[str, float]
     seconds: float
+    cpu_seconds: float
 
 
 class BatchIterator(Protocol):
@@ -158,7 +160,7 @@ def train(
     `place` follows the run's name in the line of progress, such as "2/5" for the second stage of
     five.
     """
-    began = time.monotonic()
+    spent = Spent()
     workdir = pathlib.Path(workdir).absolute()
     strategy = Strategy.of(config.mesh)
     # A wrong size of the batch is reported before the directory is touched.
@@ -209,12 +211,22 @@ def train(
             else SilentLog()
         )
         until_done.push(exits.bounded_close(log.close))
+        spent.resume(log.last_row)
         log.describe(config_lib.to_dict(config), shlex.join(sys.argv))
         profile = ProfileWindow(workdir / "tensorboard", config.profile_steps)
         until_done.push(exits.bounded_close(profile.close))
         spec.batches.start(log)
-        metrics = _Run(context, spec, checkpoints, lock, log, profile, stop, watch).steps(state)
-    return Summary(workdir / "checkpoints", config.steps, metrics, time.monotonic() - began)
+        run = _Run(context, spec, checkpoints, lock, log, profile, stop, watch, spent)
+        metrics = run.steps(state)
+        # Up to the last step, so that a later start, which has nothing to train, returns the same.
+        total = spent.read() | dict(log.last_row) | metrics
+    return Summary(
+        workdir / "checkpoints",
+        config.steps,
+        metrics,
+        total["perf/elapsed_seconds"],
+        total["perf/cpu_seconds"],
+    )
 
 
 @dataclasses.dataclass
@@ -229,6 +241,7 @@ class _Run:
     profile: ProfileWindow
     stop: StopRequest
     watch: Watchdog
+    spent: Spent
 
     @property
     def config(self) -> Config:
@@ -346,7 +359,7 @@ class _Run:
         self.spec.batches.check(step, values)
         evaluated = any(name.startswith("eval/") for name in host_metrics)
         if step in (1, self.config.steps) or step % self.config.log_every == 0 or evaluated:
-            values |= meter.read()
+            values |= meter.read() | self.spent.read()
             self.log.write(step, values)
         return values
 

@@ -12,6 +12,7 @@ import math
 import os
 import pathlib
 import shutil
+import time
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
@@ -42,6 +43,26 @@ TERMINAL = {
 HPARAM_METRICS = ("train/loss", "rl/reward")
 
 
+class Spent:
+    """Count what a run has spent, from this moment on and, after `resume`, with all before."""
+
+    def __init__(self) -> None:
+        self._wall = time.monotonic()
+        self._cpu = time.process_time()
+
+    def resume(self, row: Mapping[str, Any]) -> None:
+        """Add what the run had spent at `row`, the last that it keeps."""
+        self._wall -= row.get("perf/elapsed_seconds", 0.0)  # none in rows of older versions
+        self._cpu -= row.get("perf/cpu_seconds", 0.0)
+
+    def read(self) -> dict[str, float]:
+        """Return the seconds, and those of CPU time of all threads of this process."""
+        return {
+            "perf/elapsed_seconds": time.monotonic() - self._wall,
+            "perf/cpu_seconds": time.process_time() - self._cpu,
+        }
+
+
 class MetricLog:
     """Write rows of {"step": n, name: value, ...} under `directory`. Opening drops the rows of
     steps past `start`: a resumed run writes them again. Every method raises OSError where the disk
@@ -53,6 +74,7 @@ class MetricLog:
             directory / "metrics.jsonl", ("step",), lambda row: row["step"] <= start
         )
         self._events = EventFile(directory / "tensorboard", start)
+        self.last_row = self._rows.last_row  # of the run that this one resumes
         self._start = start
         self._progress = Progress(title, total, before="step", done=start)
 
@@ -98,6 +120,8 @@ class MetricLog:
 class SilentLog:
     """Write nothing: the log of all hosts except host 0, whose metrics are the same."""
 
+    last_row: Mapping[str, Any] = {}
+
     def describe(self, config: Mapping[str, Any], command: str) -> None: ...
 
     def write(self, step: int, values: dict[str, float]) -> None: ...
@@ -126,7 +150,9 @@ class JsonLines:
         self.path = path
         rows, broken = parse_rows(path, *keys)
         by_key = {tuple(row[key] for key in keys): row for row in rows.values()}
-        text = "".join(json.dumps(row) + "\n" for row in by_key.values() if keep(row))
+        kept = [row for row in by_key.values() if keep(row)]
+        self.last_row: Mapping[str, Any] = kept[-1] if kept else {}  # of those before opening
+        text = "".join(json.dumps(row) + "\n" for row in kept)
         before = path.read_bytes() if path.exists() else b""
         if broken:
             damaged = path.with_name(f"{path.name}.damaged")

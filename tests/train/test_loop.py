@@ -176,6 +176,8 @@ def test_a_finished_run_is_not_run_again(whole, tmp_path, capsys):
     supervised.train(dataclasses.replace(joint(), steps=4), longer)
     assert "checkpoints/6 is beyond steps=4, so nothing is trained" in capsys.readouterr().err
     assert (workdir / "metrics.jsonl").read_text() == before and summary.metrics == {}
+    took = whole[1].seconds, whole[1].cpu_seconds
+    assert (summary.seconds, summary.cpu_seconds) == took and min(took) > 0
 
 
 def test_resumed_is_uninterrupted(whole, tmp_path, monkeypatch, capsys):
@@ -194,6 +196,9 @@ def test_resumed_is_uninterrupted(whole, tmp_path, monkeypatch, capsys):
         and "going on from 2" in told
     )
     assert rows(tmp_path) == rows(whole[0])
+    # Of both starts: those of the first up to the checkpoint.
+    elapsed = [row["perf/elapsed_seconds"] for row in read_rows(tmp_path / "metrics.jsonl")]
+    assert elapsed == sorted(elapsed)
     check_same(restored(tmp_path), restored(whole[0]))
     assert (root / "4.damaged").is_dir() and not (tmp_path / "lock.json").exists()
 
