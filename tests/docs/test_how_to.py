@@ -40,6 +40,29 @@ def follow(page: str, root: pathlib.Path) -> None:
         path.write_text(edited(path.read_text("utf-8"), text) if is_edit else text, "utf-8")
 
 
+def test_pasted_code_passes_the_checks_of_the_project(tmp_path):
+    """Follow every page in a copy of the files that the pages edit, and lint what was written."""
+    pages = sorted(page.name for page in HOW_TO.glob("*.md"))
+    blocks = {page: titled(HOW_TO / page) for page in pages}
+    paths = {path for titles in blocks.values() for path in titles if path.endswith(".py")}
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    for path in paths:
+        if (ROOT / path).exists():
+            (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / path, tmp_path / path)
+    for page in pages:
+        follow(page, tmp_path)
+    assert len(paths) > 5
+    for command in (["check"], ["format", "--check", "--diff"]):
+        done = subprocess.run(
+            [sys.executable, "-m", "ruff", *command, "--no-cache", *sorted(paths)],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+
+
 def test_a_part_a_stage_and_a_strategy_are_added_and_trained(tmp_path):
     """Run on four devices, on which the strategy of the page shards an axis."""
     shutil.copytree(ROOT / "blip3o_jax", tmp_path / "blip3o_jax")
