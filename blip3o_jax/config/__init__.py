@@ -4,7 +4,8 @@ A file under configs/ returns a `Config` or an `ml_collections.ConfigDict`; `loa
 replaces the fields of `--config.a.b=v` (loader.py). `to_dict` and `from_dict` go to and from the
 config.json of a checkpoint (serializer.py). An unknown key, a wrong type or a value that cannot
 work is an error that names the field: its annotation says what it may hold (fields.py), and what
-concerns several fields is checked by the group that holds them. presets.py has the published sizes.
+concerns several fields is checked by the group that holds them. The string below a field is its
+text in docs/settings.md. presets.py has the published sizes.
 Fields of a network carry the names of the library class it matches (transformers, diffusers), so a
 published config.json reads straight into them.
 """

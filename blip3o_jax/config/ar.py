@@ -20,21 +20,47 @@ class LanguageModelConfig(PartConfig, path="model.ar"):
     """
 
     vocab_size: int
-    spare_rows: int  # of vocab_size: rows at the end that no id stands for
+    """Ids of the vocabulary, text and image tokens together: rows of the embedding table."""
+    spare_rows: int
+    """Rows among `vocab_size`, the last ones, that no id stands for. Some published checkpoints
+    have them.
+    """
     vocab_multiple: int
-    hidden_size: int  # of the hidden states, tokens
+    """Number of which the stored rows of the table are a multiple, so that it shards evenly."""
+    hidden_size: int
+    """Width of the hidden states."""
     num_hidden_layers: int
+    """Number of layers."""
     num_attention_heads: int
+    """Heads of the queries, a multiple of those of keys and values."""
     num_key_value_heads: int
+    """Heads of the keys and values."""
     tie_word_embeddings: bool
+    """Use the embedding table as the output layer."""
     initializer_range: float
+    """Standard deviation of the initial weights."""
     embedding_range: float | None
+    """Standard deviation of the initial token embeddings; `None` takes `initializer_range`. A model
+    trained from random weights learns faster if its embeddings are not small compared with what the
+    layers add to them.
+    """
     dtype: str
+    """Dtype of the computation."""
     param_dtype: str
+    """Dtype of the parameters."""
     remat: str
+    """What a layer stores for its backward pass: `none` everything, `full` its input alone, `dots`
+    the results of its linear layers and of attention, `offload` the results of its linear layers,
+    in the host's memory. All else is computed again.
+    """
     unroll: bool
+    """Unroll the loop over the layers: faster on CPUs, slower to compile."""
     attention: str
+    """Attention over whole rows: `xla`, `splash` (TPU), `cudnn` (GPU, 16-bit dtypes), or `auto`, by
+    the platform. Decoding with a cache takes `xla` for `auto`.
+    """
     lora: LoraConfig
+    """Low-rank adapters of the layers."""
 
     @property
     def head_dim(self) -> int:
@@ -61,25 +87,23 @@ class QwenConfig(LanguageModelConfig, path="model.ar"):
     vocab_size: TableRows = 217210
     hidden_size: Width = 2048
     intermediate_size: Width = 6144
+    """Width of the feed-forward layers."""
     num_hidden_layers: Depth = 28
     num_attention_heads: Heads = 16
     num_key_value_heads: Heads = 8
     rope_theta: Annotated[float, Bounds(1, 1e12)] = 1e6
+    """Base of the wavelengths of the rotary embedding."""
     rms_norm_eps: Epsilon = 1e-6
+    """Term that is added to the mean square in RMSNorm."""
     tie_word_embeddings: bool = True
     initializer_range: Annotated[float, Bounds(0, 100)] = 0.02
-    # Deviation the token embeddings start with; None: initializer_range. Training from nothing
-    # learns faster if the embeddings are not small compared with what the layers add to them.
     embedding_range: Annotated[float, Bounds(0, 100)] | None = None
     vocab_multiple: Annotated[int, Bounds(1, 2**16)] = 512
-    # Of vocab_size: rows at the end that no id stands for, as some published checkpoints
-    # have.
     spare_rows: Annotated[int, Bounds(0, 2**24)] = 0
     dtype: Dtype = "bfloat16"
     param_dtype: Dtype = "float32"
     remat: Remat = "full"
-    unroll: bool = False  # lay the layer loop out: faster on CPUs, slower to compile
-    # Over whole rows: by the platform ("auto"), or "xla", "splash" (TPU), "cudnn" (GPU).
+    unroll: bool = False
     attention: Literal["auto", "xla", "splash", "cudnn"] = "auto"
     lora: LoraConfig = LoraConfig(targets=QWEN_LINEAR)
 
@@ -105,6 +129,7 @@ class Qwen3Config(QwenConfig, path="model.ar", model_type="qwen3"):
     """
 
     head_dim: Annotated[Width, Multiple(2, "rotary embedding")] = 128
+    """Width of a head's queries, keys and values."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,7 +5,7 @@ import itertools
 import math
 import os
 import re
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 _NAME_MAX = 255
 _PATH_MAX = 4096
@@ -13,6 +13,11 @@ _PATH_MAX = 4096
 
 class Constraint(Protocol):
     """Constrain a value beyond its type."""
+
+    @property
+    def rule(self) -> str:
+        """Return what the value must be, in words after the type's name ("between 0 and 1")."""
+        ...
 
     def refusal(self, value: Any) -> str:
         """Return what the value must be, as the end of a sentence, or "" where it is."""
@@ -29,15 +34,17 @@ class Bounds:
     open_high: bool = False
     note: str = ""
 
-    def refusal(self, value: float) -> str:
-        above = value > self.low if self.open_low else value >= self.low
-        below = value < self.high if self.open_high else value <= self.high
-        if above and below:
-            return ""
+    @property
+    def rule(self) -> str:
         left = f"{_number(self.low)} (excluded)" if self.open_low else _number(self.low)
         right = f"{_number(self.high)} (excluded)" if self.open_high else _number(self.high)
         note = f"; {self.note}" if self.note else ""
-        return f"must lie between {left} and {right}{note}"
+        return f"between {left} and {right}{note}"
+
+    def refusal(self, value: float) -> str:
+        above = value > self.low if self.open_low else value >= self.low
+        below = value < self.high if self.open_high else value <= self.high
+        return "" if above and below else f"must lie {self.rule}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +52,10 @@ class NonZero:
     """Require a number other than 0; `note` says why."""
 
     note: str = ""
+
+    @property
+    def rule(self) -> str:
+        return f"not 0{self.note and f': {self.note}'}"
 
     def refusal(self, value: float) -> str:
         return "" if value else f"must not be 0{self.note and f': {self.note}'}"
@@ -57,11 +68,13 @@ class Multiple:
     of: int
     note: str = ""
 
-    def refusal(self, value: int) -> str:
-        if value % self.of == 0:
-            return ""
+    @property
+    def rule(self) -> str:
         what = "even" if self.of == 2 else f"a multiple of {self.of}"
-        return f"must be {what}{self.note and f': {self.note}'}"
+        return f"{what}{self.note and f': {self.note}'}"
+
+    def refusal(self, value: int) -> str:
+        return "" if value % self.of == 0 else f"must be {self.rule}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,16 +83,22 @@ class Odd:
 
     note: str = ""
 
+    @property
+    def rule(self) -> str:
+        return f"odd{self.note and f': {self.note}'}"
+
     def refusal(self, value: int) -> str:
-        return "" if value % 2 else f"must be odd{self.note and f': {self.note}'}"
+        return "" if value % 2 else f"must be {self.rule}"
 
 
 @dataclasses.dataclass(frozen=True)
 class Square:
     """Require the square of a whole number."""
 
+    rule: ClassVar[str] = "a square number"
+
     def refusal(self, value: int) -> str:
-        return "" if math.isqrt(value) ** 2 == value else "must be a square number"
+        return "" if math.isqrt(value) ** 2 == value else f"must be {self.rule}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,15 +108,21 @@ class Length:
     low: int
     high: int
 
+    @property
+    def rule(self) -> str:
+        return f"{self.low} to {self.high:,} elements"
+
     def refusal(self, value: tuple[Any, ...]) -> str:
         if self.low <= len(value) <= self.high:
             return ""
-        return f"must have {self.low} to {self.high} elements, not {len(value)}"
+        return f"must have {self.rule}, not {len(value)}"
 
 
 @dataclasses.dataclass(frozen=True)
 class Unique:
     """Require a tuple without two equal elements."""
+
+    rule: ClassVar[str] = "no element twice"
 
     def refusal(self, value: tuple[Any, ...]) -> str:
         twice = next((a for i, a in enumerate(value) if a in value[:i]), None)
@@ -108,9 +133,11 @@ class Unique:
 class Increasing:
     """Require a tuple of increasing numbers."""
 
+    rule: ClassVar[str] = "(low, high), the first below the second"
+
     def refusal(self, value: tuple[float, ...]) -> str:
         rises = all(a < b for a, b in itertools.pairwise(value))
-        return "" if rises else "must be (low, high), the first below the second"
+        return "" if rises else f"must be {self.rule}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,6 +145,8 @@ class PathText:
     """Require text that Linux accepts as a path. Bytes that are not UTF-8 are allowed (surrogate
     escapes).
     """
+
+    rule: ClassVar[str] = "a path"
 
     def refusal(self, value: str) -> str:
         if "\0" in value:
@@ -134,6 +163,8 @@ class PathText:
 @dataclasses.dataclass(frozen=True)
 class UnicodeText:
     """Require text that can be written as UTF-8: no lone surrogate, no NUL."""
+
+    rule: ClassVar[str] = ""
 
     def refusal(self, value: str) -> str:
         try:
@@ -153,16 +184,22 @@ class Placeholder:
     meaning: str
     once: bool = False
 
+    @property
+    def rule(self) -> str:
+        return f"with {self.name}{' once' * self.once}, where {self.meaning} stands"
+
     def refusal(self, value: str) -> str:
         found = value.count(self.name)
         if found == 1 or (found and not self.once):
             return ""
-        return f"must have {self.name}{' once' * self.once}, where {self.meaning} stands"
+        return f"must have {self.rule.removeprefix('with ')}"
 
 
 @dataclasses.dataclass(frozen=True)
 class Pattern:
     """Require a regular expression."""
+
+    rule: ClassVar[str] = "a regular expression"
 
     def refusal(self, value: str) -> str:
         try:

@@ -13,56 +13,78 @@ DataFormat = Literal["auto", "tfds", "webdataset", "parquet", "folder"]
 
 @dataclasses.dataclass(frozen=True)
 class SourceConfig(ConfigGroup, path="data.sources"):
-    """Set one data set. `format`: tfds (ArrayRecord directory), webdataset (tar file, glob or
-    directory), parquet, folder (images + captions.jsonl), or auto (detected from the path). `task`
-    "reconstruct" uses the images of captioned records as references to reconstruct from their
-    tokens; otherwise a record's fields determine its task.
-    """
+    """Set one data set of a mixture."""
 
     path: Path = ""
+    """File, directory, glob or brace pattern (`shards/{00000..00031}.tar`) of the data set."""
     format: DataFormat = "auto"
+    """Format of the data set: `tfds` (ArrayRecord directory), `webdataset` (tar files), `parquet`,
+    `folder` (images and captions.jsonl), or `auto`, which detects it from the path.
+    """
     weight: Positive = 1.0
+    """Share of the examples that come from this data set, relative to the other weights."""
     split: Path = "train"
+    """Split to read, for format `tfds`."""
     task: Literal["", "reconstruct"] = ""
-    # Format folder: a directory that image paths are relative to, in addition to the directory of
-    # captions.jsonl.
+    """`reconstruct` takes each image as its own reference, to be reconstructed from its tokens,
+    and leaves out the caption. `""` has a record's fields determine its task.
+    """
     images: Path = ""
+    """Directory that image paths are relative to, in addition to that of captions.jsonl, for format
+    `folder`.
+    """
 
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig(ConfigGroup, path="data"):
     """Set the data sets, and how their records become batches of rows."""
 
-    # A single source can be given as `path` (and `format`, `split`, `images`); a mixture as
-    # `sources`.
     path: Path = ""
+    """File, directory, glob or brace pattern of a single data set; a mixture is given as `sources`
+    instead.
+    """
     format: DataFormat = "auto"
+    """Format of the data set at `path`, as in `data.sources`."""
     split: Path = "train"
+    """Split of the data set at `path`, for format `tfds`."""
     images: Path = ""
+    """Directory that image paths are relative to, for format `folder` at `path`."""
     sources: tuple[SourceConfig, ...] = ()
-    batch_size: BatchSize = 512  # global, in examples
-    # Tokens of one row, prompt and image together.
+    """Data sets of a mixture. That of `path`, if one is given, joins them with weight 1."""
+    batch_size: BatchSize = 512
+    """Examples of a step, on all devices together."""
     max_length: Annotated[int, Bounds(1, 2**20)] = 1152
-    # Examples that share a row, one after the other: short ones leave room for long ones.
+    """Tokens of a row, prompt and image together."""
     pack: Annotated[int, Bounds(1, 4096)] = 1
-    # "shared": one centre crop for tokenizer and autoencoder; "reference": tokenizer
-    # squashed.
+    """Examples that share a row, one after the other: short ones leave room for long ones."""
     crop: Literal["shared", "reference"] = "shared"
-    # Decoding processes per host; 0 decodes in threads of the training process.
+    """`shared` gives tokenizer and autoencoder the same centre crop. `reference` does as the
+    published pipelines: the tokenizer sees the whole image, squashed to a square.
+    """
     workers: Annotated[int, Bounds(0, 1024)] = 8
-    prefetch: Annotated[int, Bounds(1, 1024)] = 2  # batches each worker keeps ready
+    """Decoding processes of each host; 0 decodes in threads of the training process."""
+    prefetch: Annotated[int, Bounds(1, 1024)] = 2
+    """Batches that each worker keeps ready."""
     shuffle: bool = True
-    max_bad_fraction: Fraction = 0.01  # of the records seen; above it the run stops
-    # What becomes of a record whose text leaves no room for its image in the row: "skip" (counted),
-    # "truncate" (the text is cut, never the image's tokens) or "error" (the run ends).
+    """Shuffle the records of each data set in every epoch."""
+    max_bad_fraction: Fraction = 0.01
+    """Fraction of the examples whose record cannot be read above which the run stops."""
     too_long: Literal["skip", "truncate", "error"] = "skip"
-    # Of an image, counted from its header; a record with a larger one cannot be read.
+    """What becomes of a record whose text leaves no room for its image in the row: `skip` counts
+    and skips it, `truncate` cuts the text and never the image's tokens, `error` ends the run.
+    """
     max_pixels: Annotated[int, Bounds(1, 2**31)] = 80_000_000
-    # Fraction of the captions that training leaves out, with all their records (by a hash of the
-    # caption, data/held_out.py). Their losses are the metrics eval/*, every `eval_every` steps.
+    """Pixels of the largest image that is decoded. A record whose image's header announces more
+    counts as one that cannot be read.
+    """
     held_out: Annotated[float, Bounds(0, 0.5)] = 0.0
-    # Where ids and latents of the frozen encoders are kept; "" encodes inside the step.
+    """Fraction of the captions that training leaves out, with all their records; a hash of the
+    caption selects them. Their losses are the metrics `eval/*`, every `eval_every` steps.
+    """
     cache_dir: Path = ""
+    """Directory that stores the outputs of the frozen encoders (image ids and latents), which are
+    then computed once; `""` encodes in every step.
+    """
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -29,13 +29,20 @@ class ConnectorConfig(ConfigGroup, path="model.connector"):
     and the DiT's caption channels.
     """
 
-    # Adds sine-cosine positions to the hidden states. The published model does without: its
-    # training was long enough to learn a token's place in the image from rotary attention alone.
     positions: bool = False
+    """Add sine-cosine positions to the hidden states. The published model does without them: its
+    training was long enough to learn a token's place in the image from rotary attention alone.
+    """
     rms_norm_eps: Epsilon = 1e-5
+    """Term that is added to the mean square in RMSNorm."""
     norm_init: Finite = 5.5**0.5
+    """Initial value of the weights of RMSNorm: the scale of the captions that SANA was trained
+    with.
+    """
     dtype: Dtype = "bfloat16"
+    """Dtype of the computation."""
     param_dtype: Dtype = "float32"
+    """Dtype of the parameters."""
 
 
 class DiffusionHeadConfig(PartConfig, path="model.dit"):
@@ -49,15 +56,30 @@ class DiffusionHeadConfig(PartConfig, path="model.dit"):
     counts_condition_tokens: ClassVar[bool] = False
 
     in_channels: int
+    """Channels of the latents, those of the autoencoder."""
     out_channels: int
+    """Channels of the velocity, those of the latents."""
     num_layers: int
-    patch_size: int  # latents along a side of a token
-    sample_size: int  # side of the latents that positions are counted on
+    """Number of layers."""
+    patch_size: int
+    """Latents along a side of a token."""
+    sample_size: int
+    """Side, in latents, of the square image that positions are counted on. Images of other sizes
+    can be sampled too.
+    """
     dtype: str
+    """Dtype of the computation."""
     param_dtype: str
+    """Dtype of the parameters."""
     remat: str
+    """What a layer stores for its backward pass: `none` everything, `full` its input alone, `dots`
+    the results of its linear layers and of attention, `offload` the results of its linear layers,
+    in the host's memory. All else is computed again.
+    """
     unroll: bool
+    """Unroll the loop over the layers: faster on CPUs, slower to compile."""
     lora: LoraConfig
+    """Low-rank adapters of the layers."""
 
     @property
     def hidden_size(self) -> int:
@@ -78,23 +100,33 @@ class SanaConfig(DiffusionHeadConfig, path="model.dit", model_type="sana"):
     out_channels: Width = 32
     num_layers: Depth = 20
     num_attention_heads: Heads = 70
+    """Heads of the linear self-attention."""
     attention_head_dim: Width = 32
+    """Width of a head of the self-attention; heads times it is the hidden size."""
     num_cross_attention_heads: Heads = 20
+    """Heads of the attention to the condition tokens."""
     cross_attention_head_dim: Width = 112
+    """Width of a head of the attention to the condition tokens."""
     cross_attention_dim: Width = 2240
+    """Width of the attention to the condition tokens: its heads times their width, and the hidden
+    size.
+    """
     caption_channels: Width = 2304
+    """Width of the condition tokens, which the connector outputs."""
     mlp_ratio: Annotated[float, Bounds(1e-3, 64)] = 2.5
-    # Side of the latents that positions are counted on; others are sampled at any size too.
+    """Width of the feed-forward layers over the hidden size."""
     sample_size: Side = 32
     patch_size: Side = 1
-    # A number adds sine-cosine positions to the patches, divided by it; None leaves finding them to
-    # the convolutions.
     interpolation_scale: Positive | None = None
+    """Number that divides the sine-cosine positions added to the patches. `None` adds none: the
+    convolutions then learn positions.
+    """
     qk_norm: Literal["rms_norm_across_heads"] | None = "rms_norm_across_heads"
+    """Norm of the queries and keys over all heads together; `None` has none."""
     dtype: Dtype = "bfloat16"
     param_dtype: Dtype = "float32"
     remat: Remat = "full"
-    unroll: bool = False  # lay the layer loop out: faster on CPUs, slower to compile
+    unroll: bool = False
     lora: LoraConfig = LoraConfig(targets=SANA_LINEAR)
 
     @property
@@ -138,19 +170,25 @@ class MMDiTConfig(DiffusionHeadConfig, path="model.dit", model_type="mmdit"):
     patch_size: Side = 1
     in_channels: Width = 32
     out_channels: Width = 32
-    num_layers: Annotated[Depth, Bounds(2, 1024)] = 24
+    num_layers: Annotated[int, Bounds(2, 1024)] = 24
     attention_head_dim: Width = 64
+    """Width of an attention head; heads times it is the hidden size."""
     num_attention_heads: Heads = 24
+    """Heads of the joint attention of latent and condition tokens."""
     joint_attention_dim: Width = 2304
+    """Width of the condition tokens, which the connector outputs."""
     caption_projection_dim: Width = 1536
+    """Width that the condition tokens are projected to: the hidden size."""
     pooled_projection_dim: Width = 2304
-    # Tokens along a side of the table of positions, of which a map takes the middle.
+    """Width of the mean of the condition tokens: that of the condition tokens."""
     pos_embed_max_size: Side = 96
+    """Tokens along a side of the table of positions; an image takes the middle of the table."""
     qk_norm: Literal["rms_norm"] | None = "rms_norm"
+    """Norm of the queries and keys of each head; `None` has none."""
     dtype: Dtype = "bfloat16"
     param_dtype: Dtype = "float32"
     remat: Remat = "full"
-    unroll: bool = False  # lay the layer loop out: faster on CPUs, slower to compile
+    unroll: bool = False
     lora: LoraConfig = LoraConfig(targets=MMDIT_LINEAR)
 
     @property
@@ -188,4 +226,8 @@ class FlowConfig(ConfigGroup, path="model.flow"):
     """Hold the fields of `diffusers.FlowMatchEulerDiscreteScheduler` that this package uses."""
 
     num_train_timesteps: Annotated[int, Bounds(1, 10**6)] = 1000
+    """Noise levels that training samples from; a timestep is a noise level times this number."""
     shift: Annotated[float, Bounds(1e-3, 1e3)] = 1.0
+    """Shift s of the noise levels, sigma' = s sigma / (1 + (s - 1) sigma): above 1 more of them are
+    near the noise.
+    """

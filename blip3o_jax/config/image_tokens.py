@@ -25,16 +25,30 @@ class SiglipVisionConfig(ConfigGroup, path="model.tokenizer.encoder"):
     """Hold the fields of `transformers.SiglipVisionConfig`: the encoder of the vision tokenizer."""
 
     hidden_size: Width = 1152
+    """Width of the features, a multiple of the heads."""
     intermediate_size: Width = 4304
+    """Width of the feed-forward layers."""
     num_hidden_layers: Depth = 27
+    """Number of layers."""
     num_attention_heads: Heads = 16
+    """Attention heads."""
     image_size: Side = 384
+    """Side in pixels of the square images that the tokenizer sees."""
     patch_size: Side = 14
+    """Side of a patch in pixels."""
     layer_norm_eps: Epsilon = 1e-6
+    """Term that is added to the variance in layer norms."""
     dtype: Dtype = "bfloat16"
+    """Dtype of the computation."""
     param_dtype: Dtype = "float32"
+    """Dtype of the parameters."""
     remat: Remat = "none"
-    unroll: bool = False  # lay the layer loop out: faster on CPUs, slower to compile
+    """What a layer stores for its backward pass: `none` everything, `full` its input alone, `dots`
+    the results of its linear layers and of attention, `offload` the results of its linear layers,
+    in the host's memory. All else is computed again.
+    """
+    unroll: bool = False
+    """Unroll the loop over the layers: faster on CPUs, slower to compile."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -58,11 +72,17 @@ class TaTokDecoderConfig(ConfigGroup, path="model.tokenizer.decoder"):
     """
 
     hidden_size: Width = 1152
+    """Width of the hidden states, a multiple of the heads."""
     intermediate_size: Width = 3072
+    """Width of the feed-forward layers."""
     num_hidden_layers: Depth = 3
+    """Number of layers."""
     num_attention_heads: Heads = 12
+    """Attention heads."""
     num_patches: Annotated[int, Bounds(1, 2**24), Square()] = 256
+    """Rows of the table of positions, which is resized to the image tokens along a side."""
     layer_norm_eps: Epsilon = 1e-6
+    """Term that is added to the variance in layer norms."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -87,10 +107,13 @@ class ImageTokenizerConfig(PartConfig, path="model.tokenizer"):
     """
 
     codebook_size: int
-    # Of the tokens an image is cut to: 1, 2 or 3, which `<S0>` .. `<S2>` name in a prompt.
+    """Codes of the codebook: image tokens of the vocabulary."""
     pool_scale: int
+    """Patches along a side of an image token: 1, 2 or 3, which `<S0>` to `<S2>` name in a row."""
     dtype: str
+    """Dtype of the computation."""
     param_dtype: str
+    """Dtype of the parameters."""
 
     @property
     def image_size(self) -> int:
@@ -130,14 +153,21 @@ class TaTokConfig(ImageTokenizerConfig, path="model.tokenizer", model_type="ta_t
     """
 
     encoder: SiglipVisionConfig = SiglipVisionConfig()
+    """SigLIP2 encoder."""
     decoder: TaTokDecoderConfig = TaTokDecoderConfig()
+    """Decoder of the features."""
     bottleneck_dim: Width = 1536
+    """Width of the codes."""
     codebook_size: TableRows = 65536
     select_layer: Annotated[int, Bounds(-1025, -1, note="it counts from the end")] = -2
+    """Layer of the encoder whose output is quantised: -1 is the last one."""
     pool_scale: Annotated[int, Bounds(1, 3)] = 1
     l2_normalized: bool = True
+    """Select codes by cosine similarity; `False` selects them by distance."""
     stochastic: bool = False
+    """Sample codes in training by their similarity; `False` takes the nearest code."""
     stochastic_temperature: Positive = 0.03
+    """Temperature of the similarities, in sampling and in the entropy term of the loss."""
     dtype: Dtype = "bfloat16"
     param_dtype: Dtype = "float32"
 
@@ -197,14 +227,26 @@ class TextTowerConfig(ConfigGroup, path="model.text_tower"):
     """
 
     hidden_size: Width = 1152
+    """Width of the hidden states and of the caption's embedding, a multiple of the heads."""
     intermediate_size: Width = 4304
+    """Width of the feed-forward layers."""
     num_hidden_layers: Depth = 27
+    """Number of layers."""
     num_attention_heads: Heads = 16
+    """Attention heads."""
     layer_norm_eps: Epsilon = 1e-6
+    """Term that is added to the variance in layer norms."""
     dtype: Dtype = "bfloat16"
+    """Dtype of the computation."""
     param_dtype: Dtype = "float32"
+    """Dtype of the parameters."""
     remat: Remat = "none"
-    unroll: bool = False  # lay the layer loop out: faster on CPUs, slower to compile
+    """What a layer stores for its backward pass: `none` everything, `full` its input alone, `dots`
+    the results of its linear layers and of attention, `offload` the results of its linear layers,
+    in the host's memory. All else is computed again.
+    """
+    unroll: bool = False
+    """Unroll the loop over the layers: faster on CPUs, slower to compile."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -17,9 +17,12 @@ class LoraConfig(ConfigGroup, path="lora"):
     writes the merged kernels.
     """
 
-    rank: Annotated[int, Bounds(0, 2**14)] = 0  # 0: none
+    rank: Annotated[int, Bounds(0, 2**14)] = 0
+    """Rank of the adapters; 0 has no adapters."""
     alpha: Finite = 32.0
-    targets: tuple[Text, ...] = ()  # names of the linear layers that have them
+    """Scale of the adapters, which is divided by the rank."""
+    targets: tuple[Text, ...] = ()
+    """Names of the linear layers that have adapters, some of those of the default."""
 
     @property
     def scale(self) -> float:

@@ -31,19 +31,27 @@ class MeshConfig(ConfigGroup, path="mesh"):
     """
 
     data: MeshSize = 1
+    """Devices along `data`: each of its groups has a copy of the parameters and its own rows."""
     fsdp: MeshSize = -1
+    """Devices along `fsdp`, over which parameters, optimizer state and batch are sharded."""
     tensor: MeshSize = 1
+    """Devices along `tensor`, over which heads and feed-forward widths are sharded."""
     strategy: StrategyName = "fsdp"
+    """Sharding strategy: which dimensions of parameters and activations each axis shards."""
     sequence: MeshSize = 1
-    # Of chips that only the data centre's network joins; data lies over them first.
+    """Devices along `sequence`, over which the tokens of a row are sharded."""
     slices: Annotated[int, Bounds(1, 2**16)] = 1
-    # Strategies of single parts in place of `strategy`'s own: {part: strategy}, {"dit": "dp"} keeps
-    # a whole DiT on each device.
+    """Slices of TPU chips, which only the data centre's network connects; `data` spans them
+    first and must be a multiple of them.
+    """
     parts: tuple[tuple[Part, StrategyName], ...] = ()
-    # Devices that a machine without an accelerator is split into, if this run is the first to ask
-    # for devices; 0 leaves it whole. XLA spreads small operations badly over cores, but runs one
-    # device a core without loss.
+    """Strategies of single parts in place of `strategy`, as pairs (part, strategy):
+    `(("dit", "dp"),)` holds a whole DiT on each device.
+    """
     cpu_devices: Annotated[int, Bounds(0, 1024)] = 0
+    """JAX devices that a machine without an accelerator is divided into; 0 leaves it one device.
+    XLA uses many cores better as one device each than as one device.
+    """
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -27,23 +27,29 @@ from blip3o_jax.config.vae import AutoencoderConfig, DcAeConfig
 @dataclasses.dataclass(frozen=True)
 class EditingConfig(ConfigGroup, path="model.editing"):
     """Set how reference images condition the model (BLIP3o-NEXT, arXiv 2510.15857, section 4). With
-    `reference_slots` 0 all rows are text to image; connectors of the checkpoint are kept and
-    converted, but not used.
+    `reference_slots` 0 connectors of a checkpoint are kept and converted, but not used.
     """
 
-    # Slots for reference images in every row; a slot may be empty.
     reference_slots: Annotated[int, Bounds(0, 64)] = 0
-    # What stands for an image in the user's turn: its tokens, or with `features` its SigLIP2
-    # features through `feature_connector`.
+    """Slots for reference images in every row; a slot may be empty. 0 makes all rows text to
+    image.
+    """
     features: bool = False
-    # Conditioning routes of the diffusion head, each by itself or both: latents through
-    # `latent_connector` after the condition tokens, and latents concatenated to the noisy ones
-    # along the width.
+    """Represent a reference image in the user's turn by its SigLIP2 features, mapped by
+    `feature_connector`, in place of its tokens.
+    """
     latents: bool = False
+    """Condition the diffusion head on the references' latents, mapped by `latent_connector`, as
+    further condition tokens.
+    """
     latent_concat: bool = False
-    # Concatenate the references' latents in the unconditional branch as well, as published. False
-    # drops them there, for `sampling.reference_guidance`.
+    """Condition the diffusion head on the references' latents, concatenated to the noisy latents
+    along the width.
+    """
     uncond_latent_concat: bool = True
+    """Concatenate the references' latents in the unconditional branch as well, as published.
+    `False` drops them there, for `sampling.reference_guidance`.
+    """
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -58,21 +64,31 @@ class ModelConfig(ConfigGroup, path="model"):
     """Set the parts of the model, and the sizes of its images."""
 
     text: TextConfig = TextConfig()
+    """Text tokenizer."""
     template: TemplateConfig = TemplateConfig()
+    """Chat template."""
     tokenizer: ImageTokenizerConfig = TaTokConfig()
+    """Vision tokenizer."""
     text_tower: TextTowerConfig = TextTowerConfig()
+    """Caption encoder of stage `contrastive`."""
     ar: LanguageModelConfig = Qwen3Config()
+    """Autoregressive language model."""
     connector: ConnectorConfig = ConnectorConfig()
+    """Connector between the AR and the diffusion head."""
     editing: EditingConfig = EditingConfig()
+    """Conditioning on reference images."""
     dit: DiffusionHeadConfig = SanaConfig()
+    """Diffusion head."""
     flow: FlowConfig = FlowConfig()
+    """Noise levels of flow matching."""
     vae: AutoencoderConfig = DcAeConfig()
-    # Side of the square target image in pixels; the latent grid is image_size /
-    # vae.spatial_compression.
+    """Autoencoder."""
     image_size: Side = 1024
-    # (height, width) in pixels of the images that are drawn and shown, each cut to the nearest
-    # shape; the square alone where there are none.
+    """Side of the square target image in pixels, a multiple of the autoencoder's factor."""
     buckets: Annotated[tuple[tuple[Side, Side], ...], Length(0, 1024), Unique()] = ()
+    """Shapes of images, as pairs (height, width) in pixels. An image of the data is cropped to the
+    shape of the nearest aspect ratio. `()` has the square of `image_size` alone.
+    """
 
     def __post_init__(self) -> None:
         super().__post_init__()

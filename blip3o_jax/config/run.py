@@ -24,35 +24,50 @@ class Config(ConfigGroup):
     """Set a run: one stage on one model, data mixture and mesh."""
 
     stage: StageName = "joint"
+    """Stage of training: which parts are trained, and by which loss."""
     seed: Seed = 0
+    """Seed of everything random: initial weights, order of the records, noise, sampling."""
     steps: Annotated[int, Bounds(1, 2**30)] = 1000
+    """Optimizer steps of the whole run. A resumed run continues up to this step."""
     log_every: PositiveInt = 10
-    # Steps between the losses of held-out records (`data.held_out`), which are also computed at the
-    # last step; 0 for never.
+    """Steps between two records of metrics. The first and the last step are always recorded."""
     eval_every: Annotated[int, Bounds(0, 2**30)] = 0
-    # Batches of held-out records, the same ones every time.
+    """Steps between two evaluations of the held-out records (`data.held_out`), which are also
+    evaluated at the last step; 0 evaluates never.
+    """
     eval_batches: Annotated[int, Bounds(1, 2**20)] = 4
-    # Rows of a batch drawn into TensorBoard at each checkpoint; 0 for none.
+    """Batches of held-out records in an evaluation, the same ones every time."""
     preview: Annotated[int, Bounds(0, 1024)] = 8
-    # First and last step of the window that JAX's profiler traces into the workdir; None for none.
+    """Rows of a batch whose images are written to TensorBoard at each checkpoint; 0 writes none."""
     profile_steps: Annotated[tuple[PositiveInt, PositiveInt], Increasing()] | None = None
-    # Regular expressions over parameter paths ("ar/layers/mlp/up/kernel"): what is trained. ()
-    # takes the stage's own: for joint the published freezing (AR, connector, the DiT's caption
-    # layers).
+    """First and last step of the window that JAX's profiler traces into the workdir; `None` traces
+    nothing.
+    """
     trainable: tuple[Regex, ...] = ()
-    # Steps in a row with a non-finite loss or gradient before the run stops.
+    """Regular expressions over parameter paths such as `ar/layers/mlp/up/kernel`: what they match
+    is trained, all else is frozen. `()` takes the stage's own; that of `joint` is the published
+    freezing (AR, connector and the DiT's caption layers are trained).
+    """
     max_nonfinite: PositiveInt = 10
-    # Seconds without progress after which stderr names the stuck host and its phase; 0 for
-    # never.
+    """Consecutive steps with a non-finite loss or gradient after which the run stops."""
     watchdog: Annotated[float, Bounds(0, 1e7, note="0 switches it off")] = 600.0
+    """Seconds without progress after which stderr names the stuck host and its phase."""
     model: ModelConfig = ModelConfig()
+    """Parts of the model, and the sizes of its images."""
     data: DataConfig = DataConfig()
+    """Data sets, and how their records become batches."""
     optimizer: OptimizerConfig = OptimizerConfig()
+    """Optimizer and learning rate."""
     loss: LossConfig = LossConfig()
+    """Weights of the losses."""
     mesh: MeshConfig = MeshConfig()
+    """Devices along each mesh axis, and the sharding strategy."""
     checkpoint: CheckpointConfig = CheckpointConfig()
+    """When checkpoints are written, and those that the run starts from."""
     sampling: SamplingConfig = SamplingConfig()
+    """How images are sampled. The checkpoint stores it for `blip3o sample`."""
     rl: RlConfig = RlConfig()
+    """Online reinforcement learning (`blip3o rl`)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -28,7 +28,9 @@ class ScheduleConfig(ConfigGroup, path="optimizer.schedule"):
     """
 
     name: Text = "warmup_cosine_decay_schedule"
+    """Schedule of the learning rate, by the name of its function in optax."""
     kwargs: Keywords = Keywords()
+    """Further arguments of the schedule, `{argument: value}`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,27 +39,40 @@ class OptimizerConfig(ConfigGroup, path="optimizer"):
     `end_learning_rate` at the last step.
     """
 
-    # Any optimizer of optax ("lion", "adafactor", "sgd", ...), or "muon": the matrices of the layer
-    # stacks by Muon, the rest by AdamW (train/optimizer.py).
     name: Text = "adamw"
-    # Further arguments of the optimizer, {argument: value}.
+    """Optimizer, by its name in optax (`adamw`, `lion`, `adafactor`, `sgd`, ...), or `muon`, which
+    trains the matrices of the layer stacks by Muon and the rest by AdamW.
+    """
     kwargs: Keywords = Keywords()
+    """Further arguments of the optimizer, `{argument: value}`."""
     schedule: ScheduleConfig = ScheduleConfig()
+    """Schedule of the learning rate."""
     learning_rate: LearningRate = 5e-5
+    """Highest learning rate: that at the end of the warm-up."""
     end_learning_rate: LearningRate = 1e-5
+    """Learning rate of the last step."""
     warmup_fraction: Fraction = 0.01
-    # Norms and biases are not decayed.
+    """Fraction of the steps in which the learning rate rises from 0; one step at least."""
     weight_decay: Annotated[float, Bounds(0, 100)] = 0.0
-    # Of the first moment (momentum); None: the parameters'.
+    """Decoupled weight decay, which is multiplied by the learning rate. Norms and biases have
+    none.
+    """
     mu_dtype: Dtype | None = None
-    # b1, b2, eps: of AdamW; muon_beta: of Muon. Other optimizers have them in `kwargs`.
+    """Dtype of the first moment (momentum); `None` takes that of the parameters."""
     b1: Decay = 0.9
+    """Decay of AdamW's first moment. Other optimizers have theirs in `kwargs`."""
     b2: Decay = 0.95
+    """Decay of AdamW's second moment."""
     eps: Epsilon = 1e-8
+    """Term that AdamW and Muon add to the denominator of an update."""
     muon_beta: Decay = 0.95
+    """Decay of Muon's momentum."""
     clip_norm: Annotated[float, Bounds(0, 1e6, note="0 switches it off")] = 1.0
-    accumulate: Annotated[int, Bounds(1, 2**16)] = 1  # micro-batches per step
-    ema_decay: Decay = 0.0  # 0 keeps no averaged weights
+    """Largest global norm of the gradient; a larger gradient is scaled down to it."""
+    accumulate: Annotated[int, Bounds(1, 2**16)] = 1
+    """Micro-batches of a step, whose gradients are averaged: less memory, the same update."""
+    ema_decay: Decay = 0.0
+    """Decay of the moving average of the trained weights in each step; 0 stores no average."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,32 +80,52 @@ class LossConfig(ConfigGroup, path="loss"):
     """Set the weights of the losses, and the constants of each stage's own loss."""
 
     ce: NonNegative = 1.0
+    """Stage `joint`: weight of the cross entropy of the image tokens and answers."""
     flow: NonNegative = 1.0
-    # Fraction of rows whose hidden states are zeroed before the connector.
+    """Stage `joint`: weight of the flow-matching loss of the diffusion head."""
     condition_dropout: Fraction = 0.1
-    # Fraction of rows whose image tokens see no caption, for `sampling.token_guidance`. Where it
-    # equals condition_dropout these are the same rows.
+    """Stage `joint`: fraction of the rows whose hidden states are zeroed before the connector, for
+    `sampling.guidance`.
+    """
     caption_dropout: Fraction = 0.0
-    # Fraction of rows whose hidden states are zeroed while their references stay, for
-    # `sampling.reference_guidance`.
+    """Stage `joint`: fraction of the rows whose image tokens see no caption, for
+    `sampling.token_guidance`. Where it equals `condition_dropout` these are the same rows.
+    """
     instruction_dropout: Fraction = 0.0
-    # Noises and noise levels drawn for each example: more of them for one pass of the AR.
+    """Stage `joint`: fraction of the rows whose hidden states are zeroed while their references
+    stay, for `sampling.reference_guidance`.
+    """
     flow_samples: Annotated[int, Bounds(1, 1024)] = 1
-    # "exact" takes the hidden states of <S0>, I_1 .. I_n; "last" the reference's last n + 1
-    # positions of the row.
+    """Stage `joint`: noise samples and noise levels for each example, all of which share one
+    forward pass of the AR.
+    """
     condition_span: Literal["exact", "last"] = "exact"
-    ce_chunk: PositiveInt = 512  # tokens per block of the cross entropy
-    gradient: NonNegative = 0.4  # autoencoder: weight of the image-gradient term, L1 having 1
-    squared: NonNegative = 4.0  # autoencoder: weight of the squared error, L1 having 1
-    # autoencoder: weight of the term that holds each channel of the scaled latents at unit
-    # variance, which flow matching expects, and deviation of the noise put on them, which makes the
-    # decoder forgive what sampling gets slightly wrong.
+    """Stage `joint`: hidden states that condition the diffusion head. `exact` takes those of the
+    scale token and of the n image tokens, `last` the last n + 1 positions of the row, as the
+    released code does.
+    """
+    ce_chunk: PositiveInt = 512
+    """Tokens whose logits are in memory at once in the cross entropy."""
+    gradient: NonNegative = 0.4
+    """Stage `autoencoder`: weight of the error of the image gradients; that of L1 is 1."""
+    squared: NonNegative = 4.0
+    """Stage `autoencoder`: weight of the squared error; that of L1 is 1."""
     latent_scale: NonNegative = 0.0
+    """Stage `autoencoder`: weight of the term that draws the standard deviation of each channel of
+    the scaled latents towards 1, which flow matching expects.
+    """
     latent_noise: NonNegative = 0.0
-    dense: NonNegative = 0.0  # contrastive: weight of reading each patch's pixels off its feature
-    commitment: NonNegative = 0.25  # tokenizer: weight of the commitment term
-    # Tokenizer: weight of the usage-entropy term that keeps codes alive.
+    """Stage `autoencoder`: standard deviation of the noise that is added to the scaled latents, so
+    that the decoder tolerates small errors of sampled latents.
+    """
+    dense: NonNegative = 0.0
+    """Stage `contrastive`: weight of the term that predicts the pixels of each patch from its
+    feature.
+    """
+    commitment: NonNegative = 0.25
+    """Stage `tokenizer`: weight of the commitment term, which moves vectors to their codes."""
     code_entropy: NonNegative = 0.1
+    """Stage `tokenizer`: weight of the entropy term, which keeps all codes in use."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,11 +133,15 @@ class CheckpointConfig(ConfigGroup, path="checkpoint"):
     """Set when checkpoints are written, and the checkpoints that a run starts from."""
 
     every: PositiveInt = 1000
+    """Steps between two checkpoints. The last step is always saved."""
     keep: PositiveInt = 3
-    # Parts to start from: {part: checkpoint directory}, part one of the model's
-    # (blip3o.MODEL_PARTS).
+    """Newest checkpoints that stay on disk, beside the one of the lowest training loss."""
     init_from: tuple[tuple[Part, Path], ...] = ()
-    # Initial values of the AR's embeddings of the image tokens: "random" (or as init_from has
-    # them), or projections of the tokenizer's "codes", which also replace those of an AR from
-    # init_from (joint stage).
+    """Checkpoints that parts start from, as pairs (part, checkpoint directory). Other parts start
+    from random weights.
+    """
     image_embedding_init: Literal["random", "codes"] = "random"
+    """Initial values of the AR's embeddings of the image tokens in stage `joint`. `random` takes
+    random values, or those of `init_from`. `codes` takes random projections of the tokenizer's
+    codes, also where `init_from` has an AR.
+    """

@@ -1,7 +1,7 @@
 """Settings of the autoencoder."""
 
 import dataclasses
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from blip3o_jax.config.constraints import Bounds, Length, Odd
 from blip3o_jax.config.errors import check
@@ -19,6 +19,8 @@ VaeScales = Annotated[tuple[KernelSize, ...], Length(0, 8)]
 class _InnerStagesHaveLayers:
     """Require layers in each stage except the first and the last."""
 
+    rule: ClassVar[str] = "0 in the first and the last alone"
+
     def refusal(self, value: tuple[int, ...]) -> str:
         if all(value[1:-1]):
             return ""
@@ -29,10 +31,18 @@ class AutoencoderConfig(PartConfig, path="model.vae"):
     """Declare the settings that all autoencoders have (networks: `vae.protocol.Autoencoder`)."""
 
     latent_channels: int
-    scaling_factor: float  # latents times it have about unit variance
+    """Channels of the latents."""
+    scaling_factor: float
+    """Factor of the latents: latents times it have about unit variance."""
     dtype: str
+    """Dtype of the computation."""
     param_dtype: str
+    """Dtype of the parameters."""
     remat: str
+    """What a layer stores for its backward pass: `none` everything, `full` its input alone, `dots`
+    the results of its linear layers and of attention, `offload` the results of its linear layers,
+    in the host's memory. All else is computed again.
+    """
 
     @property
     def spatial_compression(self) -> int:
@@ -45,14 +55,18 @@ class DcAeConfig(AutoencoderConfig, path="model.vae", model_type="dc_ae"):
     """Hold the fields of `diffusers.AutoencoderDC` (f32c32 by default)."""
 
     in_channels: Width = 3
+    """Channels of the images."""
     latent_channels: Width = 32
     attention_head_dim: Width = 32
+    """Width of a head of the linear attention."""
     encoder_block_types: Annotated[tuple[VaeBlock, ...], PerStage] = ("ResBlock",) * 3 + (
         "EfficientViTBlock",
     ) * 3
+    """Block of each stage of the encoder, the finest first; each further stage halves the sides."""
     decoder_block_types: Annotated[tuple[VaeBlock, ...], PerStage] = ("ResBlock",) * 3 + (
         "EfficientViTBlock",
     ) * 3
+    """Block of each stage of the decoder, the finest first."""
     encoder_block_out_channels: Annotated[tuple[Width, ...], PerStage] = (
         128,
         256,
@@ -61,6 +75,7 @@ class DcAeConfig(AutoencoderConfig, path="model.vae", model_type="dc_ae"):
         1024,
         1024,
     )
+    """Channels of each stage of the encoder."""
     decoder_block_out_channels: Annotated[tuple[Width, ...], PerStage] = (
         128,
         256,
@@ -69,12 +84,15 @@ class DcAeConfig(AutoencoderConfig, path="model.vae", model_type="dc_ae"):
         1024,
         1024,
     )
+    """Channels of each stage of the decoder."""
     encoder_layers_per_block: Annotated[
         tuple[VaeLayers, ...], PerStage, _InnerStagesHaveLayers()
     ] = (2, 2, 2, 3, 3, 3)
+    """Blocks of each stage of the encoder."""
     decoder_layers_per_block: Annotated[
         tuple[VaeLayers, ...], PerStage, _InnerStagesHaveLayers()
     ] = (3, 3, 3, 3, 3, 3)
+    """Blocks of each stage of the decoder."""
     encoder_qkv_multiscales: Annotated[tuple[VaeScales, ...], PerStage] = (
         (),
         (),
@@ -83,6 +101,9 @@ class DcAeConfig(AutoencoderConfig, path="model.vae", model_type="dc_ae"):
         (5,),
         (5,),
     )
+    """Kernel sizes of the depthwise convolutions that give each stage of the encoder further
+    queries, keys and values; `()` adds none.
+    """
     decoder_qkv_multiscales: Annotated[tuple[VaeScales, ...], PerStage] = (
         (),
         (),
@@ -91,15 +112,23 @@ class DcAeConfig(AutoencoderConfig, path="model.vae", model_type="dc_ae"):
         (5,),
         (5,),
     )
+    """Kernel sizes of the depthwise convolutions of each stage of the decoder."""
     upsample_block_type: Literal["interpolate", "pixel_shuffle"] = "interpolate"
+    """How the decoder doubles the sides of its maps."""
     downsample_block_type: Literal["Conv", "pixel_unshuffle"] = "Conv"
+    """How the encoder halves the sides of its maps: by a convolution of stride 2, or by moving
+    pixels to channels.
+    """
     decoder_norm_types: Literal["rms_norm"] = "rms_norm"
+    """Norm of the decoder's blocks."""
     decoder_act_fns: Literal["silu"] = "silu"
+    """Activation of the decoder's blocks."""
     scaling_factor: Positive = 0.41407
     dtype: Dtype = "bfloat16"
     param_dtype: Dtype = "float32"
     remat: Remat = "none"
-    unroll: bool = False  # lay the layer loop out: faster on CPUs, slower to compile
+    unroll: bool = False
+    """Unroll the loop over the layers: faster on CPUs, slower to compile."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
