@@ -2,12 +2,12 @@
 
 import numpy as np
 import pytest
-from tests.rl.test_run import EIGHT
 
 from blip3o_jax.rl import trainer
 from blip3o_jax.train.metrics import read_rows
 from tests.parallel.test_distributed import Job
 from tests.rl import runs
+from tests.rl.test_trainer import EIGHT
 
 
 @pytest.mark.slow

@@ -9,12 +9,12 @@ import subprocess
 import sys
 
 import pytest
-from tests.rl.test_run import numbers, one_device, saved  # noqa: F401  (a fixture)
 
 from blip3o_jax import config
 from blip3o_jax.rl import trainer
 from blip3o_jax.train.metrics import read_rows
 from tests.rl import runs
+from tests.rl.test_trainer import numbers, one_device, saved  # noqa: F401  (a fixture)
 
 pytestmark = pytest.mark.slow
 

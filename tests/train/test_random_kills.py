@@ -13,7 +13,6 @@ import socket
 import time
 
 import pytest
-from tests.rl.test_run import numbers
 
 from blip3o_jax import config as config_lib
 from blip3o_jax import exits
@@ -21,6 +20,7 @@ from blip3o_jax.train.metrics import read_rows
 from tests import tiny
 from tests.parallel.test_distributed import config_file
 from tests.rl import runs
+from tests.rl.test_trainer import numbers
 from tests.train.test_loop import check_same, restored
 
 SETTINGS = {"preview": 0, "steps": 6, "checkpoint": {"every": 2, "keep": 2}}
