@@ -154,6 +154,7 @@ class DatasetIndex:
       unused, incomplete: counts of the members that no record uses and of the incomplete records.
       extra: by shard, `IndexData.extra`.
       records: by shard, the number of records in its file.
+      reused: the number of shards that were not read at this opening.
     """
 
     def __init__(
@@ -162,7 +163,9 @@ class DatasetIndex:
         kind: str,
         found: Sequence[IndexFile],
         ranges: Sequence[tuple[int, int]] = (),
+        reused: int = 0,
     ) -> None:
+        self.reused = reused
         self._command = command  # the command that indexes the set
         self._files = [(str(each.path), each.header["digest"]) for each in found]
         self.extra = [each.header["extra"] for each in found]
@@ -223,6 +226,7 @@ class IndexedSource(Source):
         self._index = index
         self.unused = {reason: count for reason, (count, _) in index.unused.by_reason.items()}
         self.incomplete = index.incomplete.total
+        self.reused = index.reused
         every = INCOMPLETE | dict(unused or {})
         self.notes = tuple(
             f"{name}: {counts.total} {what}: {counts.describe(every)}"

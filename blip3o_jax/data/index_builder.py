@@ -216,7 +216,8 @@ def open_index(
         if skip + take > each.records:
             wanted = f"{skip + take} are wanted: fetch it again"
             raise UserError(f"{shard}: holds {each.records} records, {wanted}")
-    return DatasetIndex(command, shard_format.kind, built, ranges)
+    reused = sum(each is not None for each in before) - len(modified)
+    return DatasetIndex(command, shard_format.kind, built, ranges, reused)
 
 
 def _load_indexes(

@@ -139,13 +139,15 @@ class Source(abc.ABC):
     shape.
 
     Opening sets `unused`, the number of members that no record uses, by reason; `incomplete`, the
-    number of records that lack something; and `notes`, a line on each of both.
+    number of records that lack something; `notes`, a line on each of both; and `reused`, the number
+    of files that were not read, since they are as they were when they were indexed.
     """
 
     shape: tuple[int, int] | None = None
     unused: Mapping[str, int] = types.MappingProxyType({})
     incomplete: int = 0
     notes: tuple[str, ...] = ()
+    reused: int = 0
 
     def __init__(self, name: str, files: Iterable[str]) -> None:
         self.name = name

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import pathlib
+import re
 import shutil
 import threading
 import time
@@ -204,6 +205,41 @@ def test_a_record_that_changed_is_bad_until_the_set_is_indexed_anew(
         after.fingerprint != before.fingerprint
         and after[1].caption == f"caption {1 if write is folder else 7}"
     )
+
+
+@pytest.mark.parametrize(
+    ("write", "name"),
+    [
+        (folder, "captions.jsonl: 1.png"),
+        (tar, "0.tar: 0-1"),
+        (parquet, "a.parquet: row 1"),
+        (array_record, r"tiny-train.array_record-00000-of-00001: \d"),
+    ],
+)
+def test_the_command_names_what_cannot_be_used(
+    tmp_path: pathlib.Path, write, name, capsys, monkeypatch
+) -> None:
+    """The header of the second picture is sound, and its pixels are cut off."""
+    whole = picture
+    cut = whole(41)[:60]
+    monkeypatch.setitem(globals(), "picture", lambda value: cut if value == 41 else whole(value))
+    path = write(tmp_path / "a")
+    for again in (False, True):
+        assert cli.main(["data", "index", str(path)]) == 0
+        told = capsys.readouterr().out
+        assert re.search(rf"{name}: the image cannot be decoded: .+\n", told), told
+        assert told.count("cannot be decoded") == 1
+        assert "3 records, 2 of them usable, digest" in told
+        # All of a folder is read again.
+        assert ("1 of 1 shards" in told) == (again and write is not folder)
+    assert cli.main(["data", "index", str(path), "--no_decode"]) == 0
+    assert "3 records, digest" in capsys.readouterr().out
+    if write is folder:
+        (path / "1.png").unlink()
+        assert cli.main(["data", "index", str(path)]) == 0
+        told = capsys.readouterr().out
+        assert "1 that cannot be read (1.png, line 2 first in" in told
+        assert "1.png: the image cannot be read: No such file" in told
 
 
 def test_a_change_of_size_or_of_captions_is_seen_at_opening(tmp_path: pathlib.Path, capsys) -> None:

@@ -17,6 +17,7 @@ import numpy as np
 
 from blip3o_jax.checksums import crc32c
 from blip3o_jax.config import UserError
+from blip3o_jax.config.errors import escaped
 from blip3o_jax.data.checked_file import DamagedArrays
 from blip3o_jax.data.index import Counts, IndexedSource, ShardIndex, concatenate_keys
 from blip3o_jax.data.index_builder import (
@@ -237,7 +238,9 @@ def _index_folder(images: _ImageFiles, path: str, progress: IndexProgress) -> In
                 row_sizes.append(size)
                 names |= sizes
                 if size < 0:
-                    incomplete.add("unreadable", f"line {number} first in {path}")
+                    lacking = next(name for name, known in sizes.items() if known < 0)
+                    where = f"{escaped(lacking)}, line {number} first in {path}"
+                    incomplete.add("unreadable", where)
     # Names from JSON may hold lone surrogates, which must survive the round trip.
     raw = [name.encode("utf-8", "surrogatepass") for name in names]
     arrays: dict[str, np.ndarray] = {
