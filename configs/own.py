@@ -1,12 +1,12 @@
-"""Train on a few thousand captioned pictures of your own, from random weights; everything follows
-from the pictures and the devices.
+"""Train on captioned pictures of your own, from random weights; everything follows from the
+pictures and the devices.
 
 Command:
     blip3o demo --config=configs/own.py:photos --workdir=runs/photos
     blip3o sample --checkpoint=runs/photos/train --prompt="a red bicycle" --out=samples
     The argument is the data set: a folder, tar, parquet file or any other of docs/data.md. `blip3o
     train` takes it too and leaves the report out.
-Hardware: a CPU or one accelerator; a few hundred pictures or more.
+Hardware: a CPU or one accelerator. docs/how_to/own_images.md says how many pictures it takes.
 Duration: within 15 minutes on two quiet CPU cores.
 Expected: a page, runs/photos/report.html, with held-out captions drawn beside their own picture and
     the nearest training picture, and the losses of held-out pictures along the training.

@@ -22,6 +22,7 @@ import numpy as np
 from blip3o_jax.bench.isolated_process import run_isolated
 from blip3o_jax.bench.random_model import write_random_model
 from blip3o_jax.config import ModelConfig, UserError, check
+from blip3o_jax.config.errors import install_command
 from blip3o_jax.convert.directory import check_space
 from blip3o_jax.convert.memory import PeakMemory
 from blip3o_jax.convert.weight_files import read_weights
@@ -39,8 +40,7 @@ def run(
         import safetensors  # noqa: F401
     except ImportError as error:
         raise UserError(
-            "bench conversion compares with the safetensors library: pip install "
-            "'blip3o_jax[convert]'"
+            f"bench conversion compares with the safetensors library: {install_command('convert')}"
         ) from error
     rows: dict[str, dict[str, float]] = {}
     out.mkdir(parents=True, exist_ok=True)

@@ -7,6 +7,7 @@ from blip3o_jax.cli import arguments, flags
 from blip3o_jax.cli.command import add_command
 from blip3o_jax.config import UserError
 from blip3o_jax.config.constraints import Bounds
+from blip3o_jax.config.errors import install_command
 
 
 def add(commands: Any, run_flags: list[argparse.Action]) -> None:
@@ -85,9 +86,7 @@ def run(args: argparse.Namespace) -> None:
     try:
         from blip3o_jax.rl.rewards.server import Limits, serve
     except ModuleNotFoundError as error:
-        raise UserError(
-            f"serve-rewards needs {error.name}: pip install 'blip3o_jax[serve]'"
-        ) from error
+        raise UserError(f"serve-rewards needs {error.name}: {install_command('serve')}") from error
 
     limits = Limits(
         batch=args.batch,

@@ -3,6 +3,7 @@ for their messages.
 """
 
 import difflib
+import pathlib
 import re
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -127,6 +128,16 @@ def shown(value: Any) -> str:
     except ValueError:  # Python prints no integer of more than 4,300 digits
         return "a number of thousands of digits"
     return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}..."
+
+
+def install_command(extra: str) -> str:
+    """Return the command that installs an extra of setup.py: in a clone of the repository, which it
+    names unless it is the present directory, or of an installed wheel.
+    """
+    clone = pathlib.Path(__file__).parents[2]
+    if not (clone / "setup.py").is_file():
+        return f"pip install 'blip3o_jax[{extra}]'"
+    return f"pip install -e '{'.' if clone == pathlib.Path.cwd() else clone}[{extra}]'"
 
 
 def first_line(error: BaseException) -> str:

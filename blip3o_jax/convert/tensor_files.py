@@ -22,6 +22,7 @@ import ml_dtypes
 import numpy as np
 
 from blip3o_jax.config import UserError
+from blip3o_jax.config.errors import install_command
 from blip3o_jax.convert.transpose import contiguous
 
 DTYPES = {
@@ -119,8 +120,7 @@ def load_torch(path: pathlib.Path) -> Any:
         import torch
     except ImportError as error:
         raise UserError(
-            f"{path} is a PyTorch file: install PyTorch to read it "
-            "(pip install 'blip3o_jax[convert]')"
+            f"{path} is a PyTorch file: install PyTorch to read it ({install_command('convert')})"
         ) from error
     if not path.is_file():
         raise UserError(f"{path} does not exist")

@@ -19,6 +19,7 @@ import numpy as np
 
 from blip3o_jax import config as config_lib
 from blip3o_jax.config import Config, ModelConfig, UserError
+from blip3o_jax.config.errors import install_command
 from blip3o_jax.convert.mapping import Group, groups
 from blip3o_jax.convert.merged import MergedWeights
 from blip3o_jax.convert.progress import ByteProgress
@@ -117,8 +118,8 @@ def _comparison() -> tuple[Any, Any]:
         from blip3o_jax.convert import compare, torch_files
     except ImportError as error:
         raise UserError(
-            f"convert verify runs the PyTorch model, but {error.name} is not installed: pip "
-            "install 'blip3o_jax[convert]'"
+            f"convert verify runs the PyTorch model, but {error.name} is not installed:"
+            f" {install_command('convert')}"
         ) from error
     return compare, torch_files
 

@@ -1,5 +1,5 @@
-"""Derive the recipe for a few thousand captioned pictures of one's own from the pictures and the
-devices; nothing is set by hand.
+"""Derive the recipe for captioned pictures of one's own from the pictures and the devices; nothing
+is set by hand.
 
     data set -> survey -> held-out fraction, picture size, vocabulary, row lengths
     devices  -> sizes of the model, seconds of a step
@@ -32,7 +32,7 @@ from blip3o_jax.parallel.machine import Machine, find_machine
 from blip3o_jax.text.tokenizers import SENTENCEPIECE_FILE, train_sentencepiece
 from blip3o_jax.text.vocabulary import Vocabulary
 
-MIN_RECORDS = 200
+MIN_RECORDS = 200  # as docs/how_to/own_images.md says
 HELD_OUT = 0.03  # of the records, within these bounds:
 MIN_HELD_OUT = 24
 MAX_HELD_OUT = 256

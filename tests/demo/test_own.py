@@ -11,6 +11,7 @@ from blip3o_jax.demo import own
 from blip3o_jax.demo import recipe as demo
 from blip3o_jax.parallel.machine import Machine
 from tests import tiny
+from tests.docs import pages
 
 TWO_CORES = Machine("cpu", "cpu", 1, 2)
 TPU = Machine("tpu", "TPU v5 lite", 1, 24)
@@ -45,7 +46,7 @@ def test_equal_captions_are_held_out_together():
     [
         (["a cat"] * 900, "describe what differs"),
         (["a cat", "a dog", "a cow"] * 300, "describe what differs"),
-        (CAPTIONS[:199], "overfit.py"),
+        (CAPTIONS[: own.MIN_RECORDS - 1], "overfit.py"),
     ],
 )
 def test_what_cannot_be_divided_is_an_error_that_says_why(captions, words):
@@ -82,6 +83,11 @@ def test_a_script_of_many_letters_has_a_vocabulary():
     ]
     model = demo.model(64, sizes=demo.Sizes(text_pieces=own.text_pieces(captions)))
     assert own.row_lengths(captions, captions, model, 256)[0] >= 16  # a piece for most letters
+
+
+def test_the_page_has_the_number_of_pictures():
+    page = (pages.ROOT / "docs/how_to/own_images.md").read_text("utf-8")
+    assert f"| {own.MIN_RECORDS} to" in page and f"## {own.MIN_RECORDS} pictures or more" in page
 
 
 def test_what_is_left_out_is_told(tmp_path, capsys):

@@ -25,6 +25,7 @@ import numpy as np
 from blip3o_jax.bench.peer import report as peer_report
 from blip3o_jax.bench.peer.worker import Arrays, Task, Worker
 from blip3o_jax.config import ModelConfig, SamplingConfig, UserError, check, check_choice
+from blip3o_jax.config.errors import install_command
 from blip3o_jax.convert.report import relative_error
 from blip3o_jax.convert.source import open_source
 from blip3o_jax.convert.stock_config import OWN_FIELDS
@@ -149,8 +150,8 @@ def _check_torch() -> None:
         import transformers  # noqa: F401
     except ImportError as error:
         raise UserError(
-            f"bench peer compares with PyTorch, but {error.name} is not installed: pip install "
-            "'blip3o_jax[convert]'"
+            f"bench peer compares with PyTorch, but {error.name} is not installed:"
+            f" {install_command('convert')}"
         ) from error
 
 

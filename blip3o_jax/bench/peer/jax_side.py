@@ -18,6 +18,7 @@ from blip3o_jax import nn
 from blip3o_jax.bench.peer.worker import Arrays, Prepared, Task
 from blip3o_jax.blip3o import Blip3o
 from blip3o_jax.config import Config, DataConfig, LossConfig, MeshConfig, OptimizerConfig, UserError
+from blip3o_jax.config.errors import install_command
 from blip3o_jax.dit import sampler
 from blip3o_jax.parallel.mesh import split_cpu
 from blip3o_jax.parallel.rules import Strategy
@@ -50,8 +51,7 @@ class Side:
         ) as error:  # the latter where jaxlib has no plugin for CUDA
             raise UserError(
                 "bench peer --device=gpu: JAX finds no GPU; use --device=cpu, or install "
-                "jax[cuda13] (pip install "
-                "'blip3o_jax[cuda]')"
+                f"jax[cuda13] ({install_command('cuda')})"
             ) from error
         devices = devices[: task.jax_devices]
         mesh = MeshConfig(data=len(devices), fsdp=1, strategy="dp")

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from blip3o_jax.config import ConfigError, UserError, check_choice
-from blip3o_jax.config.errors import first_line
+from blip3o_jax.config.errors import first_line, install_command
 from blip3o_jax.parallel import flags
 from blip3o_jax.parallel.chips import CHIPS, Chip
 
@@ -71,8 +71,8 @@ def check_compiler() -> None:
     """Raise UserError where the TPU compiler is not installed."""
     if importlib.util.find_spec("libtpu") is None:
         raise UserError(
-            "compiling for a TPU topology needs libtpu, which is not installed: pip install "
-            "'blip3o_jax[tpu]' (x86-64 Linux)"
+            "compiling for a TPU topology needs libtpu, which is not installed:"
+            f" {install_command('tpu')} (x86-64 Linux)"
         )
 
 

@@ -20,7 +20,7 @@ import numpy as np
 
 from blip3o_jax import checksums
 from blip3o_jax.config import UserError
-from blip3o_jax.config.errors import first_line
+from blip3o_jax.config.errors import first_line, install_command
 from blip3o_jax.rl.rewards.options import number
 from blip3o_jax.rl.rewards.reward import Reward, Scores
 
@@ -92,7 +92,7 @@ class TransformersEncoder:
         for package in ("torch", "transformers"):
             if importlib.util.find_spec(package) is None:
                 raise UserError(
-                    f"reward clip: {path} is read by {package}: pip install 'blip3o_jax[convert]'"
+                    f"reward clip: {path} is read by {package}: {install_command('convert')}"
                 )
         import torch
         import transformers

@@ -35,6 +35,7 @@ import cv2
 import numpy as np
 
 from blip3o_jax.config import UserError
+from blip3o_jax.config.errors import install_command
 from blip3o_jax.rl.rewards.ocr_text import normalise, unreadable
 from blip3o_jax.rl.rewards.options import choice, flag, number
 from blip3o_jax.rl.rewards.reward import Scores
@@ -81,7 +82,7 @@ def create(
     """
     for package in ("rapidocr", "onnxruntime"):
         if importlib.util.find_spec(package) is None:
-            raise UserError(f"reward ocr needs the package {package}: pip install 'blip3o_jax[rl]'")
+            raise UserError(f"reward ocr needs the package {package}: {install_command('rl')}")
     reader = Recogniser(
         min_side=number("ocr", "min_side", min_side, int, 16, 4096),
         border=number("ocr", "border", border, float, 0, 1),

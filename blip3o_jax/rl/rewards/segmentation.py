@@ -17,6 +17,7 @@ import numpy as np
 
 from blip3o_jax import checksums
 from blip3o_jax.config import UserError
+from blip3o_jax.config.errors import install_command
 from blip3o_jax.rl.rewards.geneval_rules import COLOURS, Found
 
 TEMPLATES = (
@@ -51,8 +52,8 @@ class SegmentationDetector:
         for package in ("torch", "transformers"):
             if importlib.util.find_spec(package) is None:
                 raise UserError(
-                    f"reward geneval: detector=transformers needs {package}: pip install "
-                    "'blip3o_jax[convert]'"
+                    f"reward geneval: detector=transformers needs {package}:"
+                    f" {install_command('convert')}"
                 )
         labels = _config("path", path).get("id2label")
         if not labels:

@@ -13,6 +13,7 @@ from blip3o_jax import checksums, cli
 from blip3o_jax.bench.peer import interleaved, worker
 from blip3o_jax.bench.peer import report as peer_report
 from blip3o_jax.config import SamplingConfig
+from blip3o_jax.config.errors import install_command
 from blip3o_jax.convert.exporter import export_weights
 from blip3o_jax.parallel.flags import environment
 from tests import tiny
@@ -120,10 +121,8 @@ def test_without_gpu(weights, tmp_path, capfd):
 def test_without_torch(weights, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "diffusers", None)
     assert run(weights, tmp_path) == 2
-    assert (
-        "PyTorch, but diffusers is not installed: pip install 'blip3o_jax[convert]'\n"
-        in capsys.readouterr().err
-    )
+    hint = f"PyTorch, but diffusers is not installed: {install_command('convert')}\n"
+    assert hint in capsys.readouterr().err
 
 
 def test_directories_of_different_models(weights, tmp_path, capsys):
