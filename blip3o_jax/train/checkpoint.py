@@ -7,8 +7,8 @@
     DIR/<step>/manifest.json  the step's number, and size and CRC32C of every other file of it
     DIR/<step>.damaged        a step that a resumed run found damaged and set aside
 
-The last `keep` checkpoints stay, and the best by training loss. steps.py defines which steps are
-finished and intact.
+The last `keep` checkpoints stay, and the best by training loss. checkpoint_steps.py defines which
+steps are finished and intact.
 """
 
 import contextlib
