@@ -1,7 +1,7 @@
-# Read by the launchers beside it: arguments, topologies, the command of the job. Not to be run.
+# Functions that the launchers of this directory source: arguments, topologies, the command of the job. Do not run this file.
 # shellcheck shell=bash disable=SC2034,SC2154
 
-# Statuses after which the same command goes on (docs/pods.md): saved and stopped; killed, or another host was lost.
+# Exit statuses after which the same command resumes (docs/pods.md): 75 saved and stopped; 137 killed, or another host was lost.
 RESTARTED="75 137"
 restarts_on() { [[ " $RESTARTED " == *" $1 "* ]]; }
 
@@ -9,7 +9,8 @@ die() { echo "$(basename "$0"): $*" >&2; exit 2; }
 
 usage() { sed -n '2,/^set -/{/^set -/d;s/^# \{0,1\}//;p}' "$0"; exit 0; }
 
-# parse "NAMES" "SWITCHES" "$@": sets a variable for each --name=value and (to 1) --switch, and "extra" to what follows --.
+# parse "NAMES" "SWITCHES" "$@": sets a variable for each --name=value, sets one to 1 for each --switch, and sets "extra" to the
+# arguments after --.
 parse() {
     local _names=" $1 " _switches=" $2 " _name _argument
     shift 2
@@ -38,7 +39,7 @@ need() {
     for _name in "$@"; do [ -n "${!_name:-}" ] || die "--$_name=... is missing (see --help)"; done
 }
 
-# whole LEAST NAME...: dies unless each is a whole number, of LEAST or more.
+# whole LEAST NAME...: exits with an error unless each variable is a whole number of at least LEAST.
 whole() {
     local _least=$1 _name
     shift
@@ -48,8 +49,8 @@ whole() {
     done
 }
 
-# v5p:8x8x8 -> chip=v5p shape=8x8x8 chips=512 hosts=128. A machine has four chips; v5e:2x4 and v6e:2x4
-# are one machine of eight.
+# Sets chip=v5p shape=8x8x8 chips=512 hosts=128 for topology=v5p:8x8x8. A host has four chips, but v5e:2x4 and v6e:2x4 are a single
+# host with eight.
 read_topology() {
     [[ $topology =~ ^(v5e|v6e):([1-9][0-9]{0,3}x[1-9][0-9]{0,3})$ ]] ||
         [[ $topology =~ ^(v4|v5p|tpu7x):([1-9][0-9]{0,3}x[1-9][0-9]{0,3}x[1-9][0-9]{0,3})$ ]] ||
@@ -61,14 +62,15 @@ read_topology() {
     hosts=$((chips / chips_per_host))
 }
 
-# Commands that run on several hosts at once; all others run on one.
+# Commands that can run on several hosts; all others run on one.
 DISTRIBUTED="train rl"
 
-# read_command HOSTS METHOD: takes the command of blip3o from "extra" (what follows --) and sets
-#   job      the command; one of DISTRIBUTED has --distributed=METHOD, unless METHOD is ""
-#   several  1 for one of DISTRIBUTED, else ""
-#   workdir  its --workdir, "" where it has none
-#   bucket   of its gs:// paths, "" where it names none; job has them under /gcs, where the bucket is mounted
+# read_command HOSTS METHOD: reads the command of blip3o from "extra" (the arguments after --) and sets
+#   job      the command, with gs://BUCKET replaced by /gcs, where the bucket is mounted, and for a command of DISTRIBUTED with
+#            --distributed=METHOD, unless METHOD is ""
+#   several  1 for a command of DISTRIBUTED, else ""
+#   workdir  the value of its --workdir, or ""
+#   bucket   the bucket of its gs:// paths, or ""
 read_command() {
     local _argument _next="" _name=${extra[0]:-}
     [[ $_name =~ ^[a-z] ]] || die "give the command after --: train --config=... --workdir=... (see --help)"
@@ -95,7 +97,7 @@ read_command() {
     [ -z "$several" ] || [ -z "$2" ] || job+=("--distributed=$2")
 }
 
-# run COMMAND...: runs it, or prints it with --dry_run.
+# run COMMAND...: runs the command, or prints it with --dry_run.
 run() {
     if [ -n "${dry_run:-}" ]; then
         printf '+'

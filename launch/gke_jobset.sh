@@ -1,21 +1,22 @@
 #!/usr/bin/env bash
-# A job on TPU slices of a GKE cluster that has JobSet and the Cloud Storage FUSE driver.
+# Start a job on TPU slices of a GKE cluster that has JobSet and the Cloud Storage FUSE driver.
 #
 #   launch/gke_jobset.sh --name=mine --image=REGISTRY/blip3o:1 --topology=v5p:8x8x8 --spot -- \
 #       train --config=configs/pretrain.py:1.7b --workdir=gs://bucket/runs/mine \
 #       --config.data.path='gs://bucket/captions/*.tar'
 #
 #   --topology=CHIP:AxBxC  chips of one slice (v4, v5e, v5p, v6e, tpu7x)   --slices=N   slices (1)
-#   --image                built from launch/Dockerfile
-#   --service_account      of the pods, which may read and write the bucket (default)
-#   --restarts=N           of the JobSet (100)
+#   --image                an image built from launch/Dockerfile
+#   --service_account      service account of the pods, with read and write access to the bucket (default)
+#   --restarts=N           restarts of the JobSet at most (100)
+#   --spot                 use nodes of spot pools: the cheapest, and preempted at any time
+#   --reservation=NAME     use nodes of a reservation, which is paid for in any case
 #   --dry_run              print the manifest instead of applying it
-#   -- COMMAND ...         the command of blip3o: train, rl, or on a slice of one host any other. The bucket that it names
-#                          is mounted at /gcs (hierarchical namespace, see tpu_queued.sh)
+#   -- COMMAND ...         the command of blip3o: train or rl, and any other on a slice of one host. The bucket in its paths is
+#                          mounted at /gcs; create it with a hierarchical namespace (see tpu_queued.sh)
 #
-# What it costs is the node pools', whose size and time to live are yours to set (autoscaling from 0 stops paying when a job
-# is over). --spot takes nodes of spot pools, the cheapest, taken away at any time; --reservation=NAME takes nodes of a
-# reservation, paid for in any case; with neither any pool of the topology will do.
+# Cost: that of the node pools. You set their size and lifetime; a pool that scales to 0 costs nothing after the job. Without
+# --spot and --reservation the job runs in any pool of the topology.
 set -euo pipefail
 
 # shellcheck source=launch/common.sh

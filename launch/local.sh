@@ -1,18 +1,18 @@
 #!/usr/bin/env bash
-# A job of several processes ("hosts") on this machine.
+# Start a job of several processes ("hosts") on this machine.
 #
 #   launch/local.sh -n 2 -d 4 -- train --config=configs/demo.py --workdir=runs/mine
 #
-#   -n N         processes (1)
-#   -d D         CPU devices of each (1); 0 leaves the devices to JAX (one process on a machine with accelerators)
-#   -r R         restarts at the most (100): after status 75 (all hosts have saved) and 137 (one was killed)
-#   -c CHIP      take CHIP's settings from blip3o_jax/parallel/flags.py (cpu; none with -d 0); "none" for none
-#   --dry_run    print the commands instead
+#   -n N         number of processes (1)
+#   -d D         CPU devices of each process (1); 0 lets JAX find the devices (one process on a machine with accelerators)
+#   -r R         restarts at most (100), after status 75 (all hosts have saved) and 137 (one was killed)
+#   -c CHIP      chip whose environment of blip3o_jax/parallel/flags.py is set, or none (cpu; none with -d 0)
+#   --dry_run    print the commands instead of running them
 #
-# Every line of output begins with its host's number. When one process ends without success, the others learn of it and end
-# as well; those that do not are killed after 120 s. The first status that is no reason to restart is
-# this script's, else that of the first to end. SIGTERM and SIGINT let all processes save and end, and this script with their
-# status; a second one ends them at once. PYTHON names the interpreter (python3).
+# Every line of output begins with the number of its host. If one process fails, the others detect it and exit; those that do
+# not are killed after 120 s. The exit status is the first one that is not restarted, or else that of the process that failed
+# first. On SIGTERM or SIGINT all processes save and exit, and this script exits with their status; a second signal kills them.
+# The environment variable PYTHON names the interpreter (python3).
 set -euo pipefail
 
 # shellcheck source=launch/common.sh
@@ -42,17 +42,17 @@ read_command "$processes" ""
 
 python=${PYTHON:-python3}
 if [ "$devices" -gt 0 ]; then
-    # In the environment for JAX started by several hosts, in the configuration for a mesh that would ask for another number.
+    # The environment sets the devices of JAX with several hosts; the setting stops the mesh from choosing another number.
     export JAX_PLATFORMS=cpu JAX_NUM_CPU_DEVICES=$devices
     [ -z "$several" ] || job+=("--config.mesh.cpu_devices=$devices")
     chip=${chip:-cpu}
 fi
 if [ -n "$chip" ] && [ "$chip" != none ]; then
-    settings=$("$python" "$here/../blip3o_jax/parallel/flags.py" "$chip") # on a line of its own: its failure ends the script
+    settings=$("$python" "$here/../blip3o_jax/parallel/flags.py" "$chip") # a separate command, so that its failure ends the script
     eval "$settings"
 fi
 
-flags_of() { # sets flags: what host $1 adds to the command
+flags_of() { # sets flags: the flags that host $1 adds to the command
     flags=(${several:+--distributed=off})
     if [ "$processes" -gt 1 ]; then
         flags=("--coordinator=127.0.0.1:$port" "--num_processes=$processes" "--process_id=$1")
@@ -100,7 +100,7 @@ run_once() { # starts all hosts and waits for them; sets status
     while [ ${#left[@]} -gt 0 ]; do
         ended="" code=0
         wait -n -p ended "${left[@]}" || code=$?
-        [ -n "$ended" ] || continue # a signal to this script woke it up
+        [ -n "$ended" ] || continue # a signal to this script interrupted the wait
         still=()
         for pid in "${left[@]}"; do [ "$pid" = "$ended" ] || still+=("$pid"); done
         left=(${still[@]+"${still[@]}"})
@@ -109,9 +109,9 @@ run_once() { # starts all hosts and waits for them; sets status
         done
         if [ "$code" -ne 0 ]; then
             if [ -z "$late" ] && [ ${#left[@]} -gt 0 ]; then
-                # Time for those that end by themselves, and for their last words: where a collective waits for a killed
-                # host without end, jax.distributed gives that host up after a minute (RUNTIME_TIMEOUT in parallel/peers.py).
-                # Without this script's output, which whoever reads it would wait for as long as the sleep lives.
+                # The other processes get 120 s to exit and print their messages: if a collective waits for a killed host,
+                # jax.distributed reports that host after a minute (RUNTIME_TIMEOUT in parallel/peers.py). The subshell has no
+                # output, because a reader of this script's output would wait until the sleep ends.
                 (sleep 120 & trap 'kill $!' TERM; wait; kill -KILL "${left[@]}") > /dev/null 2>&1 &
                 late=$!
             fi
@@ -124,7 +124,7 @@ run_once() { # starts all hosts and waits for them; sets status
 for ((attempt = 0; ; attempt++)); do
     run_once
     if ! restarts_on "$status" || [ -n "$stopping" ] || [ "$attempt" -ge "$restarts" ]; then
-        sleep 0.2 # for the last lines to come through
+        sleep 0.2 # until the last lines of output are written
         exit "$status"
     fi
     echo "local.sh: ended with status $status, restart $((attempt + 1)) of at most $restarts" >&2

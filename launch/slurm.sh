@@ -1,18 +1,19 @@
 #!/usr/bin/env bash
-# A job on GPU machines under Slurm: one process a GPU.
+# Start a job on GPU machines under Slurm, with one process for each GPU.
 #
 #   launch/slurm.sh --nodes=4 --gpus=8 --dry_run -- train --config=configs/pretrain.py:1.7b --workdir=/shared/runs/mine
 #
-#   --nodes=N (1)  --gpus=G of each node (8)  --chip=h100|h200 (h100)  --name=NAME (blip3o)
-#   --activate=FILE        sourced first, such as a virtual environment's bin/activate
+#   --nodes=N (1)  --gpus=G per node (8)  --chip=h100|h200 (h100)  --name=NAME (blip3o)
+#   --partition  --account  --qos  --time      options of sbatch
+#   --activate=FILE        file that is sourced first, such as bin/activate of a virtual environment
 #   --dry_run              print the batch script instead of submitting it
-#   -- COMMAND ...         the command of blip3o: train or rl, whose working directory all nodes must see, or on one node any
-#                          other, as one process with all its GPUs
+#   -- COMMAND ...         the command of blip3o: train or rl, whose working directory all nodes must share, and on one node any
+#                          other, as one process with all GPUs
 #
-# What it costs is what --partition, --time and --qos of your site say; a partition whose jobs may be preempted is usually the
-# cheapest. Two minutes before the end of --time and on preemption all processes get SIGTERM, save the same step and end with
-# status 75; the script then puts the job back into the queue, and it goes on from there. So it does after status 137: a process
-# was killed, and the others have ended for it. Where a machine dies Slurm itself does.
+# Cost: set by --partition, --time and --qos of your site; a partition whose jobs may be preempted is usually the cheapest. Two
+# minutes before the end of --time, and on preemption, all processes get SIGTERM, save the same step and exit with status 75. The
+# script then requeues the job, which resumes from that step. It also requeues the job after status 137 (a process was killed, and
+# the others have exited). If a machine fails, Slurm requeues the job.
 set -euo pipefail
 
 # shellcheck source=launch/common.sh
@@ -46,8 +47,7 @@ script+="cd $(printf %q "$root")
 ${activate:+source $(printf %q "$activate")
 }eval \"\$(python3 blip3o_jax/parallel/flags.py $chip)\"
 status=0
-# srun gives the largest status of all. Processes end by themselves when another one does, with its status; --wait is for those
-# that do not.
+# srun returns the largest status. If a process fails, the others exit with its status; --wait kills those that do not.
 srun --wait=120 --label$blip3o || status=\$?
 case \$status in ${RESTARTED// /|}) scontrol requeue \"\$SLURM_JOB_ID\" ;; esac
 exit \"\$status\""

@@ -1,25 +1,25 @@
 #!/usr/bin/env bash
-# A job on TPU VMs that Google Cloud hands out through queued resources.
+# Start a job on TPU VMs of Google Cloud, requested as queued resources.
 #
 #   launch/tpu_queued.sh --name=mine --zone=us-east5-a --topology=v5p:8x8x8 --spot -- \
 #       train --config=configs/pretrain.py:1.7b --workdir=gs://bucket/runs/mine \
 #       --config.data.path='gs://bucket/captions/*.tar'
 #
 #   --topology=CHIP:AxBxC  chips of one slice (v4, v5e, v5p, v6e)       --slices=N   slices (1)
-#   --name, --zone, --project, --runtime=VERSION (the chip's)
-#   --restarts=N           new requests after the machines were taken away (20)
-#   --dry_run              print the commands instead
-#   -- COMMAND ...         the command of blip3o: train, rl, or on a slice of one host any other. The bucket that it names
-#                          is mounted at /gcs with Cloud Storage FUSE: make it with --enable-hierarchical-namespace, or a
-#                          checkpoint's directory is not renamed in one go
+#   --name, --zone, --project, --runtime=VERSION (by default that of the chip)
+#   --restarts=N           new requests at most after the machines were preempted (20)
+#   --dry_run              print the commands instead of running them
+#   -- COMMAND ...         the command of blip3o: train or rl, and any other on a slice of one host. The bucket in its paths is
+#                          mounted at /gcs with Cloud Storage FUSE. Create it with --enable-hierarchical-namespace: otherwise
+#                          the renaming of a checkpoint's directory is not atomic
 #
-# What it costs: TPUs are billed by the chip-hour from ACTIVE until they are deleted, idle or not. This script deletes them
-# when the job ends, whatever its status, and when it ends itself (Ctrl-C), unless --keep is given (to look around; delete by
-# hand).
-#   --spot                 the cheapest, and taken away at any time; the job goes on from its last checkpoint
-#   --reserved             from your reservation, which is paid for in any case
-#   neither                on demand: the dearest, never taken away
-#   --valid_until=6h       gives up waiting in the queue after that time, at no cost
+# Cost: TPUs are billed by the chip-hour from ACTIVE until they are deleted, also when idle. This script deletes them when the
+# job ends with any status, and when the script is stopped (Ctrl-C).
+#   --keep                 keep the machines after the job, for inspection; delete them yourself
+#   --spot                 spot machines: the cheapest, preempted at any time; the job resumes from its last checkpoint
+#   --reserved             machines of your reservation, which is paid for in any case
+#   neither                on demand: the most expensive, never preempted
+#   --valid_until=6h       stop waiting in the queue after that time; waiting costs nothing
 set -euo pipefail
 
 # shellcheck source=launch/common.sh
@@ -51,10 +51,10 @@ else
 fi
 create+=(${spot:+--spot} ${reserved:+--reserved} ${valid_until:+"--valid-until-duration=$valid_until"})
 
-# On each machine. After 75 all hosts have saved, after 137 one was lost: all of them start again (docs/pods.md).
+# The commands of each machine. All hosts restart after 75 (they have saved) and 137 (one was lost) (docs/pods.md).
 printf -v blip3o ' %q' blip3o "${job[@]}"
 setup="set -e; mkdir -p blip3o; tar xzf blip3o.tgz -C blip3o; cd blip3o"
-# The images' own Python is older than 3.11.
+# The Python of the machine images is older than 3.11.
 setup+="; python3 -m pip install -q --user uv; python3 -m uv venv -q --allow-existing --python 3.12 ~/venv"
 setup+="; python3 -m uv pip install -q --python ~/venv/bin/python -c launch/locks/jax-0.10.txt '.[tpu]'"
 if [ -n "$bucket" ]; then
@@ -66,7 +66,7 @@ script="cd blip3o; export PATH=~/venv/bin:\$PATH; eval \"\$(python3 blip3o_jax/p
 script+="while :; do$blip3o; status=\$?; case \$status in ${RESTARTED// /|}) ;; *) exit \$status ;; esac; done"
 
 tpu() { run gcloud compute tpus "$@" "${where[@]}"; }
-on_all() { # COMMAND on all machines of all slices at once; the first failure counts
+on_all() { # runs COMMAND on all machines of all slices concurrently; returns the status of a failure
     local node status=0 pids=() pid
     for node in "${nodes[@]}"; do
         tpu tpu-vm ssh "$node" --worker=all "--command=$1" &
@@ -77,14 +77,14 @@ on_all() { # COMMAND on all machines of all slices at once; the first failure co
     return "$status"
 }
 state() { gcloud compute tpus queued-resources describe "$name" "${where[@]}" --format='value(state.state)' 2>/dev/null || echo GONE; }
-asked="" # whether there is a request, with or without machines yet, that is to be deleted
+asked="" # 1 while there is a request to delete, with or without machines
 delete() {
     asked=""
     tpu queued-resources delete "$name" --force --quiet
 }
 
 archive=$(mktemp -d)
-# Also when a signal or a mistake ends this script: what runs on costs.
+# Runs also when a signal or an error ends this script: machines that are not deleted cost money.
 trap 'rm -rf "$archive"; [ -z "$asked" ] || delete || echo "tpu_queued.sh: $name is not deleted and goes on costing" >&2' EXIT
 run tar czf "$archive/blip3o.tgz" -C "$root" --exclude=__pycache__ setup.py README.md blip3o_jax configs launch
 
