@@ -192,7 +192,7 @@ def _conditions(report: Mapping[str, Any]) -> list[str]:
         f"{report['date']}; {machine['cpu']}, {machine['cores']} cores, device {', '.join(kinds)}; "
         "load before: "
         f"{machine['load_before']:.2f}",
-        f"{options['threads']} threads a side, JAX's on {sides['jax']['devices']} device(s); "
+        f"{options['threads']} threads for each side, {sides['jax']['devices']} JAX device(s); "
         f"{precision}; batch of "
         f"{options['batch_size']}; {options['rounds']} rounds in turns",
         "; ".join(f"{name} {version}" for name, version in versions.items()),
@@ -205,16 +205,14 @@ def _conditions(report: Mapping[str, Any]) -> list[str]:
             if environment
             else []
         ),
-        "times are medians of one repetition, not the first of a turn, without compiling, +- half "
-        "of what lies between the "
-        "quartiles; a ratio is JAX's time over PyTorch's, below 1 JAX is faster",
-        "train_step takes cached codes and latents, train_step_online encodes too; ar_decode is "
-        "all image tokens of a batch, "
-        "dit_step one step of the sampling loop",
-        "difference: of what both compute from the same inputs, relative (for token ids the share "
-        "that differs); train steps: "
-        "of the losses of the first three",
-        "peak memory: JAX / PyTorch eager / compiled, beyond what the libraries take"
+        "time: median of the repetitions +- half the interquartile range, without compilation and "
+        "without the first repetition of a turn; ratio: JAX's time / PyTorch's, below 1 JAX is "
+        "faster",
+        "train_step trains from cached codes and latents, train_step_online includes the encoders; "
+        "ar_decode samples all image tokens of a batch, dit_step is one denoising step",
+        "difference: relative difference of the outputs for the same inputs; for token ids the "
+        "fraction that differs; for train steps that of the losses of the first three steps",
+        "peak memory: JAX / PyTorch eager / compiled, without the memory of the libraries"
         if options["device"] == "cpu"
         else "peak memory: JAX / PyTorch eager / compiled, as the device's allocators count it",
         *(
