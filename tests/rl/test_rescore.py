@@ -13,6 +13,7 @@ from blip3o_jax.rl.log import RolloutLog, image_hash, image_path
 from blip3o_jax.rl.rescore import print_table, rescore
 from blip3o_jax.rl.reward_batch import RewardBatch
 from blip3o_jax.train.metrics import read_rows
+from tests.rl.redness import redness
 
 RED = (RewardConfig(name="python:tests.rl.redness.redness"),)
 
@@ -51,7 +52,7 @@ def test_every_image_is_scored_in_its_order(run, capsys):
     assert [(line["rollout"], line["row"]) for line in lines] == [
         (i, j) for i in range(2) for j in range(3)
     ]
-    want = (images[..., 0] - images[..., 1]).mean(axis=(1, 2)) / 255
+    want = redness(images, None, None)
     np.testing.assert_allclose([line["rescored"]["total"] for line in lines], want, rtol=1e-6)
     assert lines[2]["total"] == pytest.approx(0.2) and lines[4]["total"] is None
     print_table(lines, workdir / "out.jsonl")

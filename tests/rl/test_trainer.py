@@ -90,14 +90,14 @@ def test_the_first_kl_is_zero_and_then_grows(whole):
 
 
 def test_eight_devices_do_the_same(whole, tmp_path):
-    """Compare sampled ids, which are equal, so rewards are; parameters after four updates to
-    1e-5."""
+    """Compare rewards, which are equal (redness.py), and parameters after four updates to 1e-5.
+    Gradients differ by 3e-6, and Adam turns that into 5e-6 of the biases, which start from 0."""
     trainer.run(runs.run_config("both", mesh=EIGHT), tmp_path)
     got, want = weights(tmp_path), weights(whole["both"])
     for (path, a), b in zip(jax.tree.leaves_with_path(got), jax.tree.leaves(want), strict=True):
         assert relative_error(a, b) < 1e-5, jax.tree_util.keystr(path)
     for mine, theirs in zip(numbers(tmp_path), numbers(whole["both"]), strict=True):
-        assert mine["rl/reward"] == pytest.approx(theirs["rl/reward"], abs=1e-5)
+        assert mine["rl/reward"] == theirs["rl/reward"]
     hashes = [
         [line["image"] for line in read_rows(d / "rollouts.jsonl")]
         for d in (tmp_path, whole["both"])
