@@ -20,6 +20,7 @@ setup(
     package_dir={"blip3o_jax.configs": "configs"},
     package_data={"blip3o_jax": ["py.typed", "**/*.html"]},
     install_requires=[
+        "absl-py>=2",  # the logging of Orbax, Grain and tfds, and the flags that Grain reads
         "jax>=0.10,<0.13",
         "flax>=0.12.8,<0.13",
         "optax>=0.2.8,<0.3",

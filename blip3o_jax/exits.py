@@ -406,13 +406,15 @@ def _print(text: str) -> None:
 def end_with_parent() -> None:
     """End this process when its parent ends, which may be killed; call it first in a child.
 
-    A thread waits for the parent, since the main thread may hang in a call.
+    A thread waits for the parent, since the main thread may hang in a call. Does nothing in a
+    process that multiprocessing has not started.
     """
     parent = multiprocessing.parent_process()
+    if parent is None:
+        return
 
     def wait() -> None:
-        if parent is not None:
-            parent.join()
+        parent.join()
         os._exit(BUG)
 
     threading.Thread(target=wait, name="end-with-parent", daemon=True).start()

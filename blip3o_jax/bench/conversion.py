@@ -61,6 +61,8 @@ def run(
         for name, (call, paths) in calls.items():
             print(f"{name} ...", file=sys.stderr)
             row = run_isolated(functools.partial(call, *paths), {}, name)
+            if "traceback" in row:
+                raise RuntimeError(f"{name} failed in its process:\n{row['traceback']}")
             check("error" not in row, f"{name}: {row.get('error')}")
             rows[name] = row | {"bytes": size}
             shutil.rmtree(plain, ignore_errors=True)

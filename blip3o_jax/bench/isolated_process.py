@@ -28,7 +28,8 @@ def run_isolated(
     work: Callable[[], Row], environment: Mapping[str, str], name: str = "compiling"
 ) -> Row:
     """Return what `work`, which can be pickled, returns in a new process; where it raises, or its
-    process is killed, a row that says so. `environment` is added to this process's own.
+    process is killed, a row that says so, with the traceback of an exception that is a bug.
+    `environment` is added to this process's own.
     """
     package = pathlib.Path(__file__).parents[2]
     paths = [str(package), *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -101,10 +102,10 @@ def main(work_file: str, row_file: str) -> None:
     except Exception as error:
         import traceback
 
-        traceback.print_exc()
         row = {
             "status": FAILED,
             "error": type_and_line(error)[:400],
+            "traceback": traceback.format_exc(),
         }
     pathlib.Path(row_file).write_text(json.dumps(row), encoding="utf-8")
 

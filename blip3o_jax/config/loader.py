@@ -21,7 +21,9 @@ from blip3o_jax.config.serializer import from_dict, to_dict
 
 Overrides = Mapping[str, str] | Iterable[tuple[str, str]]
 
-_PATH_AND_ARG = re.compile(r"(?P<path>.*\.py)(?::(?P<arg>.*))?")
+# The first ".py:" ends the path: the argument may be the path of a data set or checkpoint, such as
+# photos.py.
+_PATH_AND_ARG = re.compile(r"(?P<path>.*?\.py)(?::(?P<arg>.*))?")
 
 
 def load(path_with_arg: str, overrides: Overrides = ()) -> Config:

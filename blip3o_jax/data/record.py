@@ -40,8 +40,10 @@ INPUT_FIELDS = ("input_image", "input_images")
 
 T = TypeVar("T")
 
-# Kinds of bad records: the text does not fit in its row; the bytes are not those that were indexed.
+# Kinds of bad records: the text does not fit in its row; the bytes are not those that were indexed;
+# an image lies outside of the data set.
 TOO_LONG = "too long"
+OUTSIDE = "the path leads out of the data set"
 CHANGED = "changed since it was indexed"
 _PACKAGE = pathlib.Path(__file__).parent.parent
 _LIBRARIES = tuple(

@@ -47,6 +47,8 @@ NOTES = {
     ),
 }
 DURATIONS = "durations.json"  # in the working directory
+# Of the report of a smoke run.
+FAST_FACT = {"smoke run": "--fast, too few steps to learn much"}
 SHOWN = 8  # pictures of the autoencoder, and of the image tokens
 
 

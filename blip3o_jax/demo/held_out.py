@@ -19,7 +19,7 @@ from blip3o_jax.data import images
 from blip3o_jax.data.record import BadRecord, Record, Source, read_record
 from blip3o_jax.data.sequence import text_to_image_prompt
 from blip3o_jax.data.sources import open_held_out, open_mixture
-from blip3o_jax.demo import chain
+from blip3o_jax.demo import chain, own
 from blip3o_jax.demo.recipe import fast_steps
 from blip3o_jax.evaluation import nearest, report
 from blip3o_jax.samples import write_images
@@ -47,10 +47,27 @@ def run(
             "--config needs a recipe whose last stage is joint and holds captions out:"
             " configs/own.py:DATA, or set --config.data.held_out"
         )
+    _check_held_out(stages)
     if fast:
         stages = {name: _shortened(stage) for name, stage in stages.items()}
+        print(f"--fast: steps {own.listed_steps(stages)}", file=sys.stderr)
     with chain.quick_compile() if fast else contextlib.nullcontext():
-        return _run(stages, pathlib.Path(workdir).absolute())
+        return _run(stages, pathlib.Path(workdir).absolute(), fast)
+
+
+def _check_held_out(stages: dict[str, Config]) -> None:
+    """Raise UserError where an earlier stage trains on captions that the last one holds out."""
+    *earlier, (last, final) = stages.items()
+    paths = {source.path for source in final.data.all_sources}
+    for name, stage in earlier:
+        shared = paths & {source.path for source in stage.data.all_sources}
+        # Captions are held out by a hash below the fraction: a larger one holds out the same.
+        if shared and stage.data.held_out < final.data.held_out:
+            raise UserError(
+                f"data.held_out is {stage.data.held_out:g} in the stage {name} and"
+                f" {final.data.held_out:g} in {last}: {name} would train on captions that the"
+                " report holds out; set --config.data.held_out, which is of all stages"
+            )
 
 
 def _shortened(stage: Config) -> Config:
@@ -63,7 +80,7 @@ def _shortened(stage: Config) -> Config:
     )
 
 
-def _run(stages: dict[str, Config], workdir: pathlib.Path) -> dict[str, Any]:
+def _run(stages: dict[str, Config], workdir: pathlib.Path, fast: bool) -> dict[str, Any]:
     clock = chain.Clock(workdir)
     chain.train(stages, workdir, clock)
     with clock("sample held-out captions"):
@@ -79,7 +96,8 @@ def _run(stages: dict[str, Config], workdir: pathlib.Path) -> dict[str, Any]:
         shown = list(zip(truths, samples, found, distances, strict=True))
         _write_images(shown, workdir / "held_out")
         right = nearest.matched(samples, np.stack([truth.image_HWC for truth in truths]))
-        facts = {"held-out captions too long": str(too_long)} if too_long else {}
+        facts = dict(chain.FAST_FACT) if fast else {}
+        facts |= {"held-out captions too long": str(too_long)} if too_long else {}
         path = workdir / "report.html"
         results = _results(stages, workdir, pipeline, generated.codes, shown, right, clock, facts)
         report.write_report(results, path)
@@ -91,6 +109,7 @@ def _run(stages: dict[str, Config], workdir: pathlib.Path) -> dict[str, Any]:
         "seconds": round(sum(clock.seconds.values()), 1),
         "cpu_seconds": round(sum(clock.cpu_seconds.values()), 1),
         "report": str(path),
+        "fast": fast,
         "peak_memory_gib": round(clock.peak_memory(), 2),
     }
 

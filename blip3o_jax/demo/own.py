@@ -234,6 +234,11 @@ def evaluated(stage: config.Config, held_out: int) -> config.Config:
     return dataclasses.replace(stage, eval_every=every, eval_batches=batches)
 
 
+def listed_steps(stages: Mapping[str, config.Config]) -> str:
+    """Return the stages, each with its number of steps, for a message."""
+    return ", ".join(f"{name} {stage.steps}" for name, stage in stages.items())
+
+
 def _print_derived(found: Survey, stages: Mapping[str, config.Config], machine: Machine) -> None:
     """Print the derived settings, and the devices that they are for, in one line."""
     joint = stages["joint"]
@@ -247,6 +252,7 @@ def _print_derived(found: Survey, stages: Mapping[str, config.Config], machine: 
         f"{machine.cores} CPU cores"
         if machine.platform == "cpu"
         else f"{machine.devices} x {machine.kind}",
-        f"steps {', '.join(f'{name} {stage.steps}' for name, stage in stages.items())}",
+        # Before the settings of the command line apply.
+        f"steps, if not set: {listed_steps(stages)}",
     )
     print(f"{joint.data.path}: {'; '.join(facts)}", file=sys.stderr)

@@ -79,7 +79,8 @@ def _run(workdir: pathlib.Path, fast: bool) -> dict[str, Any]:
         image_tasks = _evaluate_image_tasks(workdir, num_prompts)
     with clock("report"):
         path = workdir / "report.html"
-        report.write_report(_results(workdir, before, after, image_tasks, stages, clock), path)
+        results = _results(workdir, before, after, image_tasks, stages, clock, fast)
+        report.write_report(results, path)
     seconds = sum(clock.seconds.values())
     scores = after.scores()
     print(f"report: {path}", file=sys.stderr)
@@ -89,6 +90,7 @@ def _run(workdir: pathlib.Path, fast: bool) -> dict[str, Any]:
         **{name: round(evaluation.result.overall, 4) for name, evaluation in image_tasks.items()},
         "seconds": round(seconds, 1),
         "report": str(path),
+        "fast": fast,
         "prompts": num_prompts,
         "categories": {name: round(share, 4) for name, share in scores["categories"].items()},
         "real_images": round(after.baselines["real_images"].overall, 4),
@@ -130,12 +132,15 @@ def _results(
     image_tasks: dict[str, runner.Evaluation],
     stages: dict[str, Config],
     clock: chain.Clock,
+    fast: bool,
 ) -> report.Results:
     assert after.images is not None and after.codes is not None
     pipeline = pipelines.load(workdir / "rl")
     captions = [prompt["caption"] for prompt in after.prompts]
     originals = shapes.real_images(chain.SHOWN, IMAGE_SIZE)
     overall, categories = _scores(after)
+    of_run = chain.facts_of_run(workdir, stages, pipeline.config, clock)
+    of_run["facts"] |= chain.FAST_FACT if fast else {}
     return report.Results(
         title="BLIP3o-NEXT in JAX: the demo",
         subtitle=(
@@ -152,7 +157,7 @@ def _results(
         **chain.inner_workings(
             pipeline, originals, captions, (np.asarray(after.images), after.codes, captions)
         ),
-        **chain.facts_of_run(workdir, stages, pipeline.config, clock),
+        **of_run,
     )
 
 

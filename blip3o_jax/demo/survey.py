@@ -9,7 +9,7 @@ import numpy as np
 from blip3o_jax import files
 from blip3o_jax.config import SourceConfig, UserError
 from blip3o_jax.data import images
-from blip3o_jax.data.record import BadRecord, Record, read_record
+from blip3o_jax.data.record import OUTSIDE, BadRecord, Record, read_record
 from blip3o_jax.data.sources import open_source
 
 MAX_RECORDS = 20_000  # records read; of a larger set they are spread over all of it
@@ -48,7 +48,7 @@ def survey(path: str) -> Survey:
     found = [facts for facts in looked if isinstance(facts, tuple)]
     bad = [error for error in looked if isinstance(error, BadRecord)]
     if not found:
-        reason = f", the first: {bad[0]}" if bad else ": all are of other tasks"
+        reason = f", the first: {_described(bad[0])}" if bad else ": all are of other tasks"
         raise UserError(
             f"{path}: none of {count} records is a captioned image{reason}; give"
             " a data set of captioned images (docs/data.md)"
@@ -60,8 +60,20 @@ def survey(path: str) -> Survey:
 def _left_out(bad: Sequence[BadRecord], others: int) -> str:
     reasons = [f"{others} records are of other tasks"] if others else []
     if bad:
-        reasons.append(f"{len(bad)} records cannot be read (first {bad[0]})")
+        reasons.append(f"{len(bad)} records cannot be read (first {_described(bad[0])})")
     return " and ".join(reasons)
+
+
+def _described(error: BadRecord) -> str:
+    """Return the fault of a record. The pictures are read before settings of the command line
+    apply, so that data.images is no remedy here.
+    """
+    if error.kind != OUTSIDE:
+        return str(error)
+    return (
+        f"{error.shard}: {error.key}: {error.reason.partition(': set ')[0]}: put the captions.jsonl"
+        " into a directory above the pictures, or copies of the pictures next to it"
+    )
 
 
 def _facts(record: Record) -> tuple[str, int] | None:

@@ -24,8 +24,9 @@ class Suite(Protocol):
         ...
 
     def requests(self, prompts: Sequence[SuitePrompt], image_size: int) -> list[Request]:
-        """Return one request a prompt. Scenes of the embedded data set are squares of this side,
-        independent of the model's image sizes."""
+        """Return one request a prompt. `image_size` is `model.image_size`, a side in pixels. Scenes
+        of the embedded data set are squares of this side, independent of the model's image sizes.
+        """
         ...
 
     def score_outputs(self, outputs: Any, prompts: Sequence[SuitePrompt], /) -> SuiteResult: ...

@@ -175,6 +175,7 @@ def run(launch: Launch, job: Callable[[], object]) -> int:
         jax.distributed.shutdown()
         _peers.clear()
         exits.process.detach()
+        progress.set_quiet(False)
     return status
 
 

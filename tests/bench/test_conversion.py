@@ -99,3 +99,6 @@ def test_a_step_whose_process_fails_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr(conversion, "run_isolated", lambda work, environment, name: row)
     with pytest.raises(UserError, match=r"^plain read: the import process ended with status -9$"):
         conversion.run(MODEL, tmp_path / "out", command="")
+    row["traceback"] = "Traceback ... line 7, in library"  # of a bug
+    with pytest.raises(RuntimeError, match="line 7, in library"):
+        conversion.run(MODEL, tmp_path / "out", command="")

@@ -56,6 +56,7 @@ def test_what_comes_back(work, row, monkeypatch):
 def test_a_bug_is_told_with_its_type():
     row = isolated_process.run_isolated(functools.partial(int, "x"), {})
     assert row["status"] == FAILED and row["error"].startswith("ValueError: invalid literal")
+    assert "isolated_process.py" in row["traceback"]
 
 
 def test_a_line_tells_now_and_then_that_it_is_still_at_work(monkeypatch, capsys):

@@ -33,6 +33,17 @@ def test_without_overrides_the_files_own_config(write):
     assert loader.load(write(SMALL)) == want
 
 
+def test_the_argument_may_end_as_a_config_file_does(write):
+    path = write("""
+        from blip3o_jax.config import Config, DataConfig
+
+        def get_config(path):
+            return Config(data=DataConfig(path=path))
+    """)
+    assert loader.load(f"{path}:photos.py").data.path == "photos.py"
+    assert loader.load(f"{path}:a.py:b.py").data.path == "a.py:b.py"
+
+
 def test_overrides_take_the_type_of_their_field(write):
     got = loader.load(
         write(SMALL),

@@ -1,5 +1,6 @@
 """Train on pictures of one's own from end to end, and sample the held-out captions."""
 
+import dataclasses
 import errno
 import json
 import pathlib
@@ -60,6 +61,16 @@ def test_a_recipe_without_held_out_captions_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"data\.held_out"):
         held_out.run(stages, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_no_stage_trains_on_captions_that_the_last_one_holds_out(tmp_path):
+    config = tiny.run_config(tiny.data())
+    joint = dataclasses.replace(config, data=dataclasses.replace(config.data, held_out=0.2))
+    first = dataclasses.replace(config, data=dataclasses.replace(config.data, held_out=0.1))
+    with pytest.raises(UserError, match=r"held_out is 0.1 in the stage first and 0.2 in joint"):
+        held_out.run({"first": first, "joint": joint}, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    held_out._check_held_out({"first": joint, "joint": first})  # a larger fraction holds out more
 
 
 def test_an_error_of_the_disk_is_no_record_to_leave_out(monkeypatch):

@@ -103,6 +103,17 @@ def test_what_is_left_out_is_told(tmp_path, capsys):
         own.recipe(str(folder), TWO_CORES)
 
 
+def test_linked_pictures_have_advice_that_the_recipe_can_follow(tmp_path):
+    """The pictures are read before data.images of the command line is."""
+    folder = tiny.write_data(tmp_path / "images", CAPTIONS[:3])
+    for path in folder.glob("*.png"):
+        path.rename(tmp_path / path.name)
+        path.symlink_to(tmp_path / path.name)
+    with pytest.raises(UserError, match=r"leads out of the data set, to .*png: put the") as caught:
+        own.recipe(str(folder), TWO_CORES)
+    assert "data.images" not in str(caught.value)
+
+
 def test_steps_follow_time_data_and_devices():
     lengths = {"contrastive": 24, "joint": 64}
     seconds = own.seconds_per_example(TWO_CORES, 64, 64, demo.Sizes())

@@ -9,6 +9,7 @@ import functools
 import pathlib
 import re
 import resource
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -46,7 +47,14 @@ class Task:
 
 def compile_isolated(task: Task) -> Row:
     """Run `compile_step` in a separate process; a process that is killed becomes a row with the
-    error."""
+    error. The traceback of a bug goes to stderr and not into the row."""
+    row = _compile_isolated(task)
+    if "traceback" in row:
+        print(row.pop("traceback"), file=sys.stderr)
+    return row
+
+
+def _compile_isolated(task: Task) -> Row:
     if isinstance(task.topology, LocalDevices):
         return isolated_process.run_isolated(
             functools.partial(compile_step, task), dict(measure.environment(task.config.mesh))

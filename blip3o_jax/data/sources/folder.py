@@ -18,6 +18,7 @@ import numpy as np
 from blip3o_jax.checksums import crc32c
 from blip3o_jax.config import UserError
 from blip3o_jax.config.errors import escaped
+from blip3o_jax.data import record as record_lib
 from blip3o_jax.data.checked_file import DamagedArrays
 from blip3o_jax.data.index import Counts, IndexedSource, ShardIndex, concatenate_keys
 from blip3o_jax.data.index_builder import (
@@ -131,9 +132,9 @@ class _ImageFiles:
         except (OSError, ValueError) as error:
             raise self._unreadable(name, error) from None
         if not inside:
-            reason = "the path leads out of the data set"
             hint = "set data.images, or images of the source, to a directory that holds it"
-            raise BadRecord(self.captions, name, f"{reason}, to {path}: {hint}")
+            reason = f"{record_lib.OUTSIDE}, to {path}: {hint}"
+            raise BadRecord(self.captions, name, reason, record_lib.OUTSIDE)
         if not plain:
             raise BadRecord(self.captions, name, "the image cannot be read: it is no plain file")
         return path
