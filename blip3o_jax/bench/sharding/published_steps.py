@@ -104,11 +104,40 @@ def _llama(
     )
 
 
-LLAMA_8B = functools.partial(_llama, 32, 4096, 14336, 32, 128256)
+def _v5e(name: str, layers: int, width: int, rows: int, seconds: float, tflops: int) -> Anchor:
+    """Return a step of MaxText's own family on 256 chips of v5e, as its README lists them."""
+    return Anchor(
+        name,
+        "v5e:16x16",
+        _maxtext(layers, width, 32768, 32),
+        rows=rows,
+        length=2048,
+        seconds=seconds,
+        source=f"{V5E}: {tflops} TFLOP/s a chip",
+        flags=V5E_FLAGS,
+    )
+
+
+def _trillium(
+    name: str, topology: str, vocabulary: int, rows: int, seconds: float, recipe: str
+) -> Anchor:
+    """Return a step of Llama 3.1 8B or Mistral 7B, which differ in the vocabulary, on v6e."""
+    return Anchor(
+        name,
+        topology,
+        _llama(32, 4096, 14336, 32, vocabulary, remat="offload"),
+        rows=rows,
+        length=8192,
+        seconds=seconds,
+        source=f"{TRILLIUM}/{recipe}",
+        keep="narrow products on the host",
+        flags=V6E_FLAGS,
+        differs="layer inputs stay on the device, where the recipe offloads them with the "
+        "attention's products",
+    )
+
+
 LLAMA_70B = functools.partial(_llama, 80, 8192, 28672, 64)
-OFFLOADED = (
-    "layer inputs stay on the device, where the recipe offloads them with the attention's products"
-)
 
 ANCHORS = (
     Anchor(
@@ -123,36 +152,9 @@ ANCHORS = (
         differs="FSDP over all chips, not 16 x TP 4, whose activations would not fit: tensor "
         "parallelism here leaves the stream between layers whole on each device",
     ),
-    Anchor(
-        "16b-v5e-256",
-        "v5e:16x16",
-        _maxtext(32, 5120, 32768, 32),
-        rows=6,
-        length=2048,
-        seconds=10.33,
-        source=f"{V5E}: 120 TFLOP/s a chip",
-        flags=V5E_FLAGS,
-    ),
-    Anchor(
-        "32b-v5e-256",
-        "v5e:16x16",
-        _maxtext(32, 10240, 32768, 32),
-        rows=4,
-        length=2048,
-        seconds=12.32,
-        source=f"{V5E}: 132 TFLOP/s a chip",
-        flags=V5E_FLAGS,
-    ),
-    Anchor(
-        "64b-v5e-256",
-        "v5e:16x16",
-        _maxtext(64, 10240, 32768, 32),
-        rows=2,
-        length=2048,
-        seconds=13.71,
-        source=f"{V5E}: 118 TFLOP/s a chip",
-        flags=V5E_FLAGS,
-    ),
+    _v5e("16b-v5e-256", layers=32, width=5120, rows=6, seconds=10.33, tflops=120),
+    _v5e("32b-v5e-256", layers=32, width=10240, rows=4, seconds=12.32, tflops=132),
+    _v5e("64b-v5e-256", layers=64, width=10240, rows=2, seconds=13.71, tflops=118),
     Anchor(
         "llama2-70b-v5p-256",
         "v5p:4x8x8",
@@ -165,41 +167,29 @@ ANCHORS = (
         keep="narrow products",
         flags=V5P_FLAGS,
     ),
-    Anchor(
+    _trillium(
         "llama3.1-8b-v6e-8",
         "v6e:2x4",
-        LLAMA_8B(remat="offload"),
+        vocabulary=128256,
         rows=3,
-        length=8192,
         seconds=3.443,
-        source=f"{TRILLIUM}/Llama3.1-8B-MaxText/v6e-8",
-        keep="narrow products on the host",
-        flags=V6E_FLAGS,
-        differs=OFFLOADED,
+        recipe="Llama3.1-8B-MaxText/v6e-8",
     ),
-    Anchor(
+    _trillium(
         "llama3.1-8b-v6e-256",
         "v6e:16x16",
-        LLAMA_8B(remat="offload"),
+        vocabulary=128256,
         rows=4,
-        length=8192,
         seconds=4.546,
-        source=f"{TRILLIUM}/Llama3.1-8B-MaxText/v6e-256",
-        keep="narrow products on the host",
-        flags=V6E_FLAGS,
-        differs=OFFLOADED,
+        recipe="Llama3.1-8B-MaxText/v6e-256",
     ),
-    Anchor(
+    _trillium(
         "mistral-7b-v6e-8",
         "v6e:2x4",
-        _llama(32, 4096, 14336, 32, 32000, remat="offload"),
+        vocabulary=32000,
         rows=6,
-        length=8192,
         seconds=6.320,
-        source=f"{TRILLIUM}/Mistral-7B-MaxText",
-        keep="narrow products on the host",
-        flags=V6E_FLAGS,
-        differs=OFFLOADED,
+        recipe="Mistral-7B-MaxText",
     ),
     Anchor(
         "llama3.1-70b-tpu7x-64",
