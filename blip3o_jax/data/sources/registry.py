@@ -5,6 +5,7 @@ The format follows from the path unless the configuration names it.
 
 import os
 import pathlib
+from typing import Literal
 
 from blip3o_jax import config
 from blip3o_jax.config import UserError
@@ -30,7 +31,7 @@ def open_mixture(
             "data.path is empty: set --config.data.path to a data set, or data.sources to a mixture"
         )
     sources = [
-        (open_source(source, processes, held_out=(data.held_out, False)), source.weight)
+        (open_source(source, processes, held_out=data.held_out), source.weight)
         for source in data.all_sources
     ]
     for source, _ in sources:
@@ -51,7 +52,10 @@ def open_held_out(
     if not data.held_out:
         return []
     sources = [
-        (open_source(source, processes, held_out=(data.held_out, True)), source.weight)
+        (
+            open_source(source, processes, held_out=data.held_out, subset="held_out"),
+            source.weight,
+        )
         for source in data.all_sources
     ]
     found = [(source, weight) for source, weight in sources if len(source)]
@@ -68,12 +72,13 @@ def open_source(
     processes: ProcessGroup = ProcessGroup(),
     *,
     rebuild: str = "",
-    held_out: tuple[float, bool] = (0.0, False),
+    held_out: float = 0.0,
+    subset: Literal["train", "held_out"] = "train",
 ) -> Source:
     """Open `cfg.path`: a file, a directory, a glob, or a brace pattern such as
-    `shards/{00000..00031}.tar`. A missing index is built; `rebuild` as in `open_index`. `held_out`:
-    the fraction of captions held out, and which side to return (data/held_out.py); all records by
-    default.
+    `shards/{00000..00031}.tar`. A missing index is built; `rebuild` as in `open_index`. With
+    `held_out`, the fraction of captions held out (data/held_out.py), `subset` selects the records
+    to train on or those held out; 0 holds out none.
 
     Raises:
       UserError: nothing there, an unknown format, an empty or damaged data set; one line that names
@@ -94,9 +99,9 @@ def open_source(
         raise UserError(
             f"{path}: the data set is empty; give one with at least one captioned image"
         )
-    fraction, which = held_out
-    if fraction:
-        source = divide(source, fraction)[which]
+    if held_out:
+        train, held = divide(source, held_out)
+        source = train if subset == "train" else held
     return ReconstructionSource(source) if cfg.task == "reconstruct" else source
 
 
