@@ -1,17 +1,15 @@
 """Parse the text of a compiled program: scheduled HLO, as `compiled.as_text()` returns it.
 
 Only the inputs of a cost are parsed: computations, operations in the order they run, shapes with
-their memory space, calls, trip counts of loops, and the devices of collectives. The format is XLA's
-(openxla.org/xla/shapes, "layout"; hlo_instruction.cc prints it).
+their memory space, and calls; trip_counts.py reads the iterations of loops, device_groups.py the
+devices of collectives. The format is XLA's (openxla.org/xla/shapes, "layout"; hlo_instruction.cc
+prints it).
 """
 
 import dataclasses
-import functools
 import math
 import re
-from collections.abc import Iterator, Sequence
-
-import numpy as np
+from collections.abc import Iterator
 
 _BITS = {"pred": 8, "token": 0, "opaque": 0, "c64": 64, "c128": 128}
 VMEM, HOST = 1, 5  # memory spaces: of a TPU core, of its host; 0 is HBM
@@ -278,175 +276,3 @@ def _value(text: str, at: int) -> str:
             if c == "," and depth == 0:
                 return text[at:i]
     return text[at:]
-
-
-# --- loops
-
-
-def trip_count(program: Program, computation: Computation, loop: Op) -> int | None:
-    """Return the number of iterations of a while loop: as XLA notes it, or from the bound that its
-    condition compares with; None if neither does.
-
-    Loops that JAX makes count up by one, the compiler's own (products in windows) also by two; the
-    bound is a constant of the condition or of the loop's first values.
-    """
-    if found := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes):
-        return int(found[1])
-    condition = program.computations[loop.called("condition")[0]]
-    values = [
-        _constant(program, computation, operand) for operand in _first_values(computation, loop)
-    ]
-    compared = _comparison(program, condition, values)
-    if compared is None:
-        return None
-    direction, start, bound, counter = compared
-    way = {
-        "LT": bound - start,
-        "LE": bound - start + 1,
-        "NE": bound - start,
-        "GT": start - bound,
-        "GE": start - bound + 1,
-    }
-    stride = _stride(program, program.computations[loop.called("body")[0]], counter)
-    # Rounded up: the last iteration may step beyond the bound.
-    return max(0, -(-way[direction] // stride)) if direction in way else None
-
-
-def _stride(program: Program, body: Computation, counter: int) -> int:
-    """Return by how much an iteration moves the counter; 1 where the body does not show it."""
-    if body.root.opcode != "tuple":
-        return 1
-    moved, of = body.by_name[body.root.operands[counter]], body
-    if moved.opcode == "fusion":
-        of = program.computations[moved.called("calls")[0]]
-        moved = of.root
-    steps = (
-        [_constant(program, of, of.by_name[name]) for name in moved.operands]
-        if moved.opcode in ("add", "subtract")
-        else []
-    )
-    return next((abs(step) for step in steps if step), 1)
-
-
-def _first_values(computation: Computation, loop: Op) -> Sequence[Op | None]:
-    first = computation.by_name.get(loop.operands[0])
-    if first is None or first.opcode != "tuple":
-        return ()
-    return [computation.by_name.get(name) for name in first.operands]
-
-
-def _constant(program: Program, computation: Computation, op: Op | None) -> int | None:
-    """Return the value of a constant whole number, through copies and bitcasts."""
-    while op is not None and op.opcode in ("copy", "bitcast", "convert", "reshape"):
-        op = computation.by_name.get(op.operands[0])
-    if (
-        op is None
-        or op.opcode != "constant"
-        or not re.fullmatch(r"-?\d+", op.argument.strip("{} "))
-    ):
-        return None
-    return int(op.argument.strip("{} "))
-
-
-def _comparison(
-    program: Program, condition: Computation, values: Sequence[int | None]
-) -> tuple[str, int, int, int] | None:
-    """Return (direction, first value of the counter, bound, index of the counter among the loop's
-    values) of the condition's root, which may be a fusion of the comparison."""
-    root = condition.root
-    known: dict[str, tuple[str, int | None, int] | None] = {}
-    for op in condition.ops:
-        if op.opcode == "constant":
-            known[op.name] = ("bound", _constant(program, condition, op), -1)
-        elif op.opcode == "get-tuple-element":
-            index = int(op.attribute("index") or 0)
-            known[op.name] = ("first", values[index] if index < len(values) else None, index)
-        elif op.opcode in ("copy", "bitcast") and op.operands[0] in known:
-            known[op.name] = known[op.operands[0]]
-    if root.opcode == "fusion":
-        inner = program.computations[root.called("calls")[0]]
-        given = {
-            p.name: known.get(name)
-            for p, name in zip(inner.parameters(), root.operands, strict=True)
-        }
-        constants: dict[str, tuple[str, int | None, int] | None] = {
-            op.name: ("bound", _constant(program, inner, op), -1)
-            for op in inner.ops
-            if op.opcode == "constant"
-        }
-        root, known = inner.root, given | constants
-    if root.opcode != "compare":
-        return None
-    left, right = (known.get(name) for name in root.operands)
-    if not left or not right or left[1] is None or right[1] is None or left[0] == "bound":
-        return None
-    return root.attribute("direction") or "", left[1], right[1], left[2]
-
-
-# --- devices
-
-
-@functools.cache
-def replica_groups(text: str, devices: int) -> tuple[tuple[int, ...], ...]:
-    """Return the device numbers of each group.
-
-    XLA writes them in these forms:
-
-    {{0,1},{2,3}}     listed
-    [2,2]<=[4]        0 .. 3 in rows of two
-    [2,2]<=[2,2]T(1,0)  the same numbers as an array, transposed first
-    {}                all devices are one group
-    mesh['a'=2,'b'=4] {'a'}   along axis a of the numbers as an array a x b
-    mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'a'}   the numbers as an array 2 x 4, transposed,
-                                                        then a x b
-    """
-    if text.strip("{} ") == "":
-        return (tuple(range(devices)),)
-    if text.startswith("{"):
-        return tuple(
-            tuple(map(int, group.split(","))) for group in re.findall(r"\{([\d, ]+)\}", text)
-        )
-    if text.startswith("mesh["):
-        return _mesh_groups(text)
-    found = re.fullmatch(r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text.strip())
-    if not found:
-        raise ValueError(f"replica_groups={text!r} is in no form that is known here")
-    shape, *order = (tuple(map(int, part.split(","))) for part in found.groups() if part)
-    return _rows(_numbered(*order).reshape(shape[0], -1))
-
-
-_MESH_GROUPS = re.compile(
-    r"mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))?\s*\{([^}]*)\}"
-)
-
-
-def _mesh_groups(text: str) -> tuple[tuple[int, ...], ...]:
-    unknown = ValueError(f"replica_groups={text!r} is in no form that is known here")
-    found = _MESH_GROUPS.fullmatch(text.strip())
-    if found is None:
-        raise unknown
-    sizes = {name: int(size) for name, size in re.findall(r"'([^']*)'=(\d+)", found[1])}
-    axes = re.findall(r"'([^']*)'", found[4])
-    if not sizes or not set(axes) <= set(sizes):
-        raise unknown
-    shape = tuple(sizes.values())
-    order = [tuple(map(int, part.split(","))) for part in (found[2], found[3]) if part]
-    ids = _numbered(*(order or [shape])).reshape(shape)
-    along = [list(sizes).index(axis) for axis in axes]
-    others = [i for i in range(len(shape)) if i not in along]
-    return _rows(ids.transpose(others + along).reshape(-1, math.prod(shape[i] for i in along)))
-
-
-def _numbered(shape: tuple[int, ...], order: tuple[int, ...] | None = None) -> np.ndarray:
-    ids = np.arange(math.prod(shape)).reshape(shape)
-    return ids.transpose(order) if order else ids
-
-
-def _rows(ids: np.ndarray) -> tuple[tuple[int, ...], ...]:
-    return tuple(tuple(map(int, row)) for row in ids)
-
-
-@functools.cache
-def device_pairs(text: str) -> tuple[tuple[int, int], ...]:
-    """Parse source_target_pairs={{0,1},{1,2}}."""
-    return tuple((int(a), int(b)) for a, b in re.findall(r"\{(\d+),(\d+)\}", text))

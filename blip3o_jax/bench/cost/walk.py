@@ -16,135 +16,24 @@ reported by name.
 """
 
 import collections
-import dataclasses
 import re
 from collections.abc import Mapping
-from typing import Any
 
 from blip3o_jax.bench.cost import hlo
 from blip3o_jax.bench.cost.branches import fractions as branch_fractions
 from blip3o_jax.bench.cost.bundles import Schedules
+from blip3o_jax.bench.cost.cost import Collective, Cost, Traffic
+from blip3o_jax.bench.cost.device_groups import device_pairs, replica_groups
 from blip3o_jax.bench.cost.hlo import Computation, Op, Program
 from blip3o_jax.bench.cost.hlo_bytes import operation_bytes
 from blip3o_jax.bench.cost.hlo_flops import MATRIX, matrix_flops
 from blip3o_jax.bench.cost.kernels import kernel_work
 from blip3o_jax.bench.cost.network import COLLECTIVES, Network
+from blip3o_jax.bench.cost.operation_classes import FREE, FREE_CALLS, MEMORY, MEMORY_CALLS
+from blip3o_jax.bench.cost.trip_counts import trip_count
 from blip3o_jax.blip3o import MODEL_PARTS
 
-LIMITERS = ("compute", "HBM", "ICI", "DCN", "host")
 SCOPES = (*MODEL_PARTS, "prefill", "decode", "cross_entropy", "optimizer")
-PASSES = ("forward", "recomputed", "backward")
-
-
-def _names(text: str) -> frozenset[str]:
-    return frozenset(re.findall(r"\S+", text))
-
-
-# Cost nothing: names for what is there already, or marks for the compiler.
-FREE = _names("""
-    parameter constant get-tuple-element tuple bitcast after-all partition-id replica-id opt-barrier
-    domain add-dependency get-dimension-size async-update
-""")
-# Read and write memory and hardly compute.
-MEMORY = _names("""
-    abs add and atan2 broadcast bitcast-convert cbrt ceil clamp compare complex concatenate convert
-    copy cosine count-leading-zeros divide dynamic-slice dynamic-update-slice erf exponential
-    exponential-minus-one floor gather imag iota is-finite log log-plus-one logistic map maximum
-    minimum multiply negate not or pad popcnt power real reduce reduce-precision reduce-window
-    remainder reshape reverse rng rng-bit-generator rng-get-and-update-state round-nearest-afz
-    round-nearest-even rsqrt scatter select select-and-scatter shift-left shift-right-arithmetic
-    shift-right-logical sign sine slice sort sqrt stochastic-convert subtract tan tanh topk
-    transpose xor
-""")
-# Custom calls of the compiler's own: those that only name memory, and those that move what their
-# shapes say.
-FREE_CALLS = _names("""
-    AllocateBuffer AssumeGatherIndicesInBound ConcatBitcast Sharding SPMDFullToShardShape
-    SPMDShardToFullShape annotate_device_placement
-""")
-MEMORY_CALLS = _names("MoveToHost MoveToDevice PartialReduce ResizeBuffer TopK")
-
-
-@dataclasses.dataclass
-class Traffic:
-    """Sum one kind of collective on one set of mesh axes. `size`: bytes of a device, as in
-    network.py."""
-
-    count: int = 0
-    size: float = 0.0
-    seconds: float = 0.0
-    exposed: float = 0.0  # seconds that the core waits for it
-
-
-@dataclasses.dataclass
-class Unknown:
-    """Sum the operations of one opcode that has no known class."""
-
-    count: int = 0
-    size: float = 0.0  # bytes read and written
-    seconds: float = 0.0
-
-
-Collective = tuple[str, tuple[str, ...], str]  # kind, mesh axes, ICI or DCN
-
-
-@dataclasses.dataclass
-class Cost:
-    """Hold the cost of a program on one device. Seconds by limiter add up to the predicted time."""
-
-    flops: dict[tuple[str, str], float] = dataclasses.field(
-        default_factory=lambda: collections.defaultdict(float)
-    )
-    hbm_bytes: float = 0.0
-    seconds: dict[str, float] = dataclasses.field(
-        default_factory=lambda: collections.defaultdict(float)
-    )
-    part_seconds: dict[str, float] = dataclasses.field(
-        default_factory=lambda: collections.defaultdict(float)
-    )
-    collectives: dict[Collective, Traffic] = dataclasses.field(
-        default_factory=lambda: collections.defaultdict(Traffic)
-    )
-    unknown: dict[str, Unknown] = dataclasses.field(
-        default_factory=lambda: collections.defaultdict(Unknown)
-    )
-
-    @property
-    def total_flops(self) -> float:
-        return sum(self.flops.values())
-
-    @property
-    def total_seconds(self) -> float:
-        return sum(self.seconds.values())
-
-    @property
-    def limiter(self) -> str:
-        return max(LIMITERS, key=lambda name: self.seconds[name])
-
-    @property
-    def unknown_fraction(self) -> float:
-        """Return the fraction of the predicted time that went to operations of no known class."""
-        return sum(u.seconds for u in self.unknown.values()) / (self.total_seconds or 1)
-
-    def add(self, other: "Cost", times: float = 1) -> None:
-        self.hbm_bytes += other.hbm_bytes * times
-        sums: tuple[tuple[dict[Any, float], dict[Any, float]], ...] = (
-            (self.flops, other.flops),
-            (self.seconds, other.seconds),
-            (self.part_seconds, other.part_seconds),
-        )
-        for mine, theirs in sums:
-            for key, value in theirs.items():
-                mine[key] += value * times
-        records: tuple[tuple[dict[Any, Any], dict[Any, Any]], ...] = (
-            (self.collectives, other.collectives),
-            (self.unknown, other.unknown),
-        )
-        for ours, others in records:
-            for key, record in others.items():
-                for field in dataclasses.fields(record):
-                    total = getattr(ours[key], field.name) + getattr(record, field.name) * times
-                    setattr(ours[key], field.name, total)
 
 
 def program_cost(
@@ -337,7 +226,7 @@ class _Schedule:
         self.now += cost.total_seconds * times
 
     def _loop(self, op: Op) -> None:
-        iterations = hlo.trip_count(self.walk.program, self.of, op)
+        iterations = trip_count(self.walk.program, self.of, op)
         body = self.walk.computation(self.walk.named(op.called("body")[0]))
         if (
             iterations is None
@@ -408,11 +297,11 @@ class _Schedule:
                 network.transfer_seconds(kind, operands),
             )
         if kind == "collective-permute":
-            pairs = hlo.device_pairs(inner.attribute("source_target_pairs") or "")
+            pairs = device_pairs(inner.attribute("source_target_pairs") or "")
             axes = network.axes(pairs[0]) if pairs else ()
             crossing = "DCN" if network.crosses_pairs(pairs) else "ICI"
             return (kind, axes, crossing), operands, network.permute_seconds(operands, pairs)
-        groups = hlo.replica_groups(inner.replica_groups, network.devices)
+        groups = replica_groups(inner.replica_groups, network.devices)
         # Of a gather the operand is one device's part, and the size that of the whole array.
         size = operands * len(groups[0]) if kind == "all-gather" else operands
         crossing = "DCN" if network.crosses(groups[0]) else "ICI"

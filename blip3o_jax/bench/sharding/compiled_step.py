@@ -206,8 +206,8 @@ def _parse_too_large(message: str) -> Row:
 
 
 def predicted(cost: Any) -> Row:
-    """Return a `walk.Cost` as plain values."""
-    from blip3o_jax.bench.cost import walk
+    """Return a `cost.Cost` as plain values."""
+    from blip3o_jax.bench.cost.cost import LIMITERS
 
     flops: dict[str, dict[str, float]] = {}
     for (part, direction), value in cost.flops.items():
@@ -216,7 +216,7 @@ def predicted(cost: Any) -> Row:
         "flops": flops,
         "total_flops": cost.total_flops,
         "hbm_bytes": cost.hbm_bytes,
-        "seconds": {name: cost.seconds[name] for name in walk.LIMITERS},
+        "seconds": {name: cost.seconds[name] for name in LIMITERS},
         "part_seconds": dict(cost.part_seconds),
         "step_s": cost.total_seconds,
         "limiter": cost.limiter,

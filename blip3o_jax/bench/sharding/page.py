@@ -6,7 +6,7 @@ import string
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from blip3o_jax.bench.cost.walk import LIMITERS
+from blip3o_jax.bench.cost.cost import LIMITERS
 from blip3o_jax.bench.isolated_process import Row
 from blip3o_jax.bench.sharding import table
 from blip3o_jax.bench.sharding.largest_batch import outcome
