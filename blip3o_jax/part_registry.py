@@ -52,6 +52,7 @@ class PartSpec:
 
     field: str
     families: tuple[Family, ...]
+    _: dataclasses.KW_ONLY
     seed_index: int
     arguments: Callable[[ModelConfig], tuple[tuple[Any, ...], dict[str, Any]]] | None = None
     strategies: Mapping[str, str] = dataclasses.field(default_factory=dict)
@@ -75,13 +76,17 @@ def _text_tower(cfg: ModelConfig) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (cfg.text_tower, cfg.ar.vocab_size, cfg.tokenizer.feature_channels), {}
 
 
-_CONNECTOR = (
-    Family(
-        type(ModelConfig().connector),
-        "blip3o_jax.connector:Connector",
-        "blip3o_jax.convert.conversions:CONNECTOR",
-    ),
-)
+def _connectors(conversion: str) -> tuple[Family, ...]:
+    """Return the one family of a connector; each of them has its conversion."""
+    return (
+        Family(
+            type(ModelConfig().connector),
+            "blip3o_jax.connector:Connector",
+            f"blip3o_jax.convert.conversions:{conversion}",
+        ),
+    )
+
+
 # An encoder's heads and feed-forward are not sharded: it is small compared with its activations.
 _ENCODER = {"fsdp_tp": "fsdp"}
 # The tokens of a row, or of a map of latents, are sharded.
@@ -96,7 +101,7 @@ PART_TABLE: dict[str, PartSpec] = {
             Family(
                 TaTokConfig,
                 "blip3o_jax.image_tokens.ta_tok:TaTok",
-                "blip3o_jax.convert.conversions:TA_TOK",
+                "blip3o_jax.convert.ta_tok:CONVERSION",
                 # SimVQ learns the projection of its embedding alone (arXiv 2411.02038).
                 constant=("bottleneck/codebook/embedding",),
             ),
@@ -107,9 +112,9 @@ PART_TABLE: dict[str, PartSpec] = {
     "text_tower": PartSpec(
         "text_tower",
         (Family(type(ModelConfig().text_tower), "blip3o_jax.image_tokens.contrastive:TextTower"),),
-        1,
-        _text_tower,
-        _ENCODER,
+        seed_index=1,
+        arguments=_text_tower,
+        strategies=_ENCODER,
     ),
     "ar": PartSpec(
         "ar",
@@ -130,7 +135,9 @@ PART_TABLE: dict[str, PartSpec] = {
         seed_index=2,
         strategies=_SEQUENCE,
     ),
-    "connector": PartSpec("connector", _CONNECTOR, 3, _connector),
+    "connector": PartSpec(
+        "connector", _connectors("CONNECTOR"), seed_index=3, arguments=_connector
+    ),
     "dit": PartSpec(
         "dit",
         (
@@ -156,11 +163,21 @@ PART_TABLE: dict[str, PartSpec] = {
     "patch_readout": PartSpec(
         "tokenizer",
         (Family(PartConfig, "blip3o_jax.image_tokens.contrastive:PatchReadout"),),
-        6,
+        seed_index=6,
         strategies=_ENCODER,
     ),
-    "latent_connector": PartSpec("connector", _CONNECTOR, 7, _latent_connector),
-    "feature_connector": PartSpec("connector", _CONNECTOR, 8, _feature_connector),
+    "latent_connector": PartSpec(
+        "connector",
+        _connectors("LATENT_CONNECTOR"),
+        seed_index=7,
+        arguments=_latent_connector,
+    ),
+    "feature_connector": PartSpec(
+        "connector",
+        _connectors("FEATURE_CONNECTOR"),
+        seed_index=8,
+        arguments=_feature_connector,
+    ),
 }
 
 

@@ -102,7 +102,7 @@ ONCE = {
         "bench/random_model.py",
         "bench/sharding/compiled_step.py",
         "convert/directory.py",
-        "convert/tensor_files.py",
+        "convert/tensor_writer.py",
         "convert/text_files.py",
         "exits.py",
         "train/metrics.py",

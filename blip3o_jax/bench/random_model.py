@@ -9,12 +9,12 @@ import ml_dtypes  # noqa: F401  (registers bfloat16 with NumPy)
 import numpy as np
 
 from blip3o_jax.config import ModelConfig, to_dict
-from blip3o_jax.convert.conversions import stock_config
+from blip3o_jax.convert.conversions import conversion_of, prefix_of, stock_config
 from blip3o_jax.convert.mapping import tensor_shapes
 from blip3o_jax.convert.progress import ByteProgress
 from blip3o_jax.convert.source import SECTION
-from blip3o_jax.convert.tables import PREFIXES, PUBLISHED_PARTS, Shape
-from blip3o_jax.convert.tensor_files import ShardedWriter
+from blip3o_jax.convert.tables import PUBLISHED_PARTS, Shape
+from blip3o_jax.convert.tensor_writer import ShardedWriter
 from blip3o_jax.text.tokenizers import BPE_FILE, CHAT_TAGS, END_OF_TEXT
 from blip3o_jax.text.vocabulary import NUM_SCALES
 
@@ -32,7 +32,7 @@ def write_random_model(
     """Write weights of deviation 0.02, the files of a tokenizer whose text ids fill the vocabulary
     up to the image tokens, and all sizes in config.json."""
     specs: dict[str, tuple[Shape, np.dtype]] = {
-        PREFIXES[part] + key: (shape, np.dtype(dtype))
+        prefix_of(part, model) + key: (shape, np.dtype(dtype))
         for part in PUBLISHED_PARTS
         for key, shape in tensor_shapes(part, model).items()
     }
@@ -55,7 +55,7 @@ def write_random_model(
     )
     (directory / BPE_FILE).write_text(json.dumps(_bpe(text_ids)), encoding="utf-8")
     settings = stock_config("ar", model) | {
-        "model_type": "blip3o_qwen",
+        **conversion_of("ar", model).published,
         "dtype": dtype,
         SECTION: {"model": to_dict(model)},
     }

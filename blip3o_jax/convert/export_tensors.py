@@ -16,7 +16,8 @@ from blip3o_jax.convert.mapping import Group
 from blip3o_jax.convert.merged import MergedWeights
 from blip3o_jax.convert.progress import ByteProgress
 from blip3o_jax.convert.tables import EMBEDDINGS, HEAD, Shape
-from blip3o_jax.convert.tensor_files import ShardedWriter, Tensor, cast
+from blip3o_jax.convert.tensor_files import Tensor, cast
+from blip3o_jax.convert.tensor_writer import ShardedWriter
 
 PARALLEL_READ_BYTES = 2**27  # parameters up to this total size are read together
 

@@ -4,22 +4,21 @@ Each tensor is written at its offset in files allocated at full size. The output
 layout, or with `parts` the directories of the stock classes:
 
 OUT/model*.safetensors, config.json, generation_config.json, the text tokenizer's files
-OUT/ar, OUT/dit, OUT/scheduler, OUT/vae, OUT/ta_tok/ta_tok.pth
+OUT/ar, OUT/dit, OUT/scheduler, OUT/vae, and that of a part with a file of its own (OUT/ta_tok)
 """
 
 import dataclasses
 import pathlib
 import time
-import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from blip3o_jax import __version__
 from blip3o_jax import config as config_lib
-from blip3o_jax.config import Config, TaTokConfig, TextConfig, UserError
-from blip3o_jax.convert.conversions import conversion_of, stock_config
+from blip3o_jax.config import Config, TextConfig, UserError
+from blip3o_jax.convert.conversions import PartFile, conversion_of, prefix_of, stock_config
 from blip3o_jax.convert.directory import atomic_directory, check_space
 from blip3o_jax.convert.export_tensors import PlannedGroup, write_tensors
 from blip3o_jax.convert.mapping import groups
@@ -27,23 +26,16 @@ from blip3o_jax.convert.memory import PeakMemory
 from blip3o_jax.convert.merged import MergedWeights
 from blip3o_jax.convert.record import ConversionRecord, read_record
 from blip3o_jax.convert.source_files import SECTION
-from blip3o_jax.convert.ta_tok_args import args_of, overrides_of
-from blip3o_jax.convert.tables import PREFIXES
+from blip3o_jax.convert.tables import CONVERTED_PARTS, PUBLISHED_PARTS
 from blip3o_jax.convert.tensor_files import Tensor
 from blip3o_jax.convert.text_files import write_text_files
+from blip3o_jax.convert.weight_files import ORDER
 from blip3o_jax.files import write_json
 from blip3o_jax.lora import base_config
-from blip3o_jax.part_registry import settings_of
+from blip3o_jax.part_registry import family_of, settings_of
 from blip3o_jax.text.tokenizers import load_tokenizer
 from blip3o_jax.text.vocabulary import NUM_SCALES, Vocabulary
 from blip3o_jax.train.checkpoint import find, read_config, stored_text
-
-STOCK_PARTS = ("ar", "dit", "vae", "ta_tok")
-PART_OF = {"ta_tok": "tokenizer"}  # names on the command line that differ from the model's
-# The scaling layer in the published layout is the identity: pixels are already in [-1, 1].
-SCALE_LAYER = {"scale_layer.shift": 0.0, "scale_layer.scale": 1.0}
-# In TA-Tok's separate file it maps pixels in [0, 1] to [-1, 1].
-TA_TOK_SCALE_LAYER = {"scale_layer.shift": 0.5, "scale_layer.scale": 0.5}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,86 +124,93 @@ class _Exporter:
         self.count = 0
         self.notes: list[str] = []
         self._own_dtypes = dict(self.record.dtypes)
+        self._conversions = {
+            part: conversion_of(part, self.model)
+            for part in CONVERTED_PARTS
+            if family_of(part, self.model).conversion
+        }
+        # Name on the command line and of the directory -> part; connectors have no stock class.
+        stock = [part for part, found in self._conversions.items() if found.layout is not None]
+        own = {f.file.name: part for part, f in self._conversions.items() if f.file is not None}
+        self._stock_parts = {part: part for part in stock} | own
 
     def size_of(self, parts: Sequence[str]) -> int:
         """Return the approximate number of bytes to write."""
-        chosen = [PART_OF.get(p, p) for p in parts] or [
-            p for p in PREFIXES if p in self.weights.parts
+        chosen = [self._stock_parts[name] for name in parts] or [
+            part for part in CONVERTED_PARTS if part in self.weights.parts
         ]
         return sum(plan.size for part in chosen for plan in self._tensors(part, ""))
 
     def check(self, parts: Sequence[str]) -> None:
         """Raise UserError unless the checkpoint holds all parts to export."""
         for name in parts:
-            config_lib.check_choice("--parts", name, STOCK_PARTS)
+            config_lib.check_choice("--parts", name, tuple(self._stock_parts))
             config_lib.check(parts.count(name) == 1, f"--parts names {name} twice")
-        wanted = [PART_OF.get(p, p) for p in parts] or [
-            "tokenizer",
-            "ar",
-            "connector",
-            "dit",
-            "vae",
-        ]
+        wanted = [self._stock_parts[name] for name in parts] or PUBLISHED_PARTS
         if missing := [part for part in wanted if part not in self.weights.parts]:
             raise UserError(
                 f"{self.root} holds no part {', '.join(missing)}, only "
                 f"{', '.join(self.weights.parts)}: select parts to export with --parts, or give a "
                 "checkpoint of stage 'joint'"
             )
+        for part in wanted:
+            conversion_of(part, self.model)  # raises for a family without one
 
     def write_model(self, directory: pathlib.Path) -> None:
         """Write the BLIP3o-NEXT layout."""
-        parts = [part for part in PREFIXES if part in self.weights.parts]
-        tensors = [t for part in parts for t in self._tensors(part, PREFIXES[part])]
-        self._write(
-            directory,
-            "model",
-            tensors,
-            {k: t for part in parts for k, t in self._buffers(part, PREFIXES[part]).items()}
-            | self._constants(PREFIXES["tokenizer"], SCALE_LAYER, self.unread),
-        )
+        found = {
+            part: conversion
+            for part, conversion in self._conversions.items()
+            if part in self.weights.parts
+        }
+        tensors = [t for part in found for t in self._tensors(part, found[part].prefix)]
+        constants: dict[str, Tensor] = {}
+        for part, conversion in found.items():
+            constants |= self._buffers(part, conversion.prefix)
+        constants |= self.unread
+        # An import of a whole source brought its own, and no others are added to it.
+        for conversion in () if self.whole_source else found.values():
+            constants |= _constants(conversion.constants, conversion.prefix)
+        self._write(directory, ORDER["transformers"][0][0], tensors, constants)
         vocabulary = self._vocabulary()
         write_json(directory / "config.json", self._config_json(vocabulary))
         self._write_text(directory, vocabulary)
-        if left := [part for part in self.weights.parts if part not in PREFIXES]:
+        if left := [part for part in self.weights.parts if part not in CONVERTED_PARTS]:
             self.notes.append(f"parts {', '.join(left)} belong to training only: not exported")
 
     def write_stock_part(self, name: str, directory: pathlib.Path) -> None:
-        """Write the directory of one part's stock class."""
-        if name == "ta_tok":
-            self._ta_tok(directory)
+        """Write the directory of one part's stock class, or of its own file."""
+        part = self._stock_parts[name]
+        conversion = self._conversions[part]
+        if conversion.file is not None:
+            self._write_part_file(part, conversion.file, directory)
             return
-        stem = "model" if name == "ar" else "diffusion_pytorch_model"
-        self._write(directory, stem, self._tensors(name, ""), self._buffers(name, ""))
-        values = stock_config(name, self.model)
-        if name == "ar":
+        stem = ORDER[conversion.library][0][0]
+        self._write(directory, stem, self._tensors(part, ""), self._buffers(part, ""))
+        values = stock_config(part, self.model)
+        if conversion.library == "transformers":
             vocabulary = self._vocabulary()
-            values |= {"dtype": self.dtype or self.model.ar.param_dtype} | _special_ids(vocabulary)
+            dtype = self.dtype or settings_of(part, self.model).param_dtype
+            values |= {"dtype": dtype} | _special_ids(vocabulary)
             self._write_text(directory, vocabulary)
         write_json(directory / "config.json", values)
-        if name == "dit":
+        if part == "dit":
             scheduler = directory.with_name("scheduler")
             scheduler.mkdir()
             write_json(scheduler / "scheduler_config.json", stock_config("scheduler", self.model))
 
-    def _ta_tok(self, directory: pathlib.Path) -> None:
-        """Write {"model": {"args", "sd"}} as TA-Tok is published, or safetensors without torch."""
-        # The published layout has no other tokenizer than TA-Tok.
-        cfg = typing.cast("TaTokConfig", self.model.tokenizer)
-        own = {
-            k: v
-            for k, v in self.unread.items()
-            if k.startswith(PREFIXES["tokenizer"]) and "scale_layer" not in k
+    def _write_part_file(self, part: str, file: PartFile, directory: pathlib.Path) -> None:
+        """Write the file that a part is published in, with the tensors that it needs there."""
+        conversion = self._conversions[part]
+        unread = {
+            key.removeprefix(conversion.prefix): tensor
+            for key, tensor in self.unread.items()
+            if key.startswith(conversion.prefix)
         }
-        own = {k.removeprefix(PREFIXES["tokenizer"]): v for k, v in own.items()}
-        constants = self._constants("", TA_TOK_SCALE_LAYER, own)
-        self._write(
-            directory, "ta_tok", self._tensors("tokenizer", ""), constants, max_shard_bytes=2**62
-        )
-        args = args_of(cfg)
-        write_json(directory / "ta_tok_config.json", overrides_of(cfg))
-        write_json(directory / "args.json", args)
-        _write_ta_tok_pth(directory, args, self.notes)
+        # Constants of a whole directory have other values in a file of its own.
+        constants = unread | _constants(file.constants, "")
+        self._write(directory, file.name, self._tensors(part, ""), constants, max_shard_bytes=2**62)
+        self.notes += file.finish(directory, settings_of(part, self.model))
 
     def _tensors(self, part: str, prefix: str) -> list[PlannedGroup]:
         """Return the tensors of one part in the table's order, with their names and dtypes."""
@@ -220,7 +219,8 @@ class _Exporter:
         for group in groups(part, self.model):
             names = {key: prefix + self.record.published_key(part, key) for key in group.tensors}
             full = {
-                key: PREFIXES[part] + self.record.published_key(part, key) for key in group.tensors
+                key: prefix_of(part, self.model) + self.record.published_key(part, key)
+                for key in group.tensors
             }
             shapes = {names[key]: shape for key, shape in group.tensors.items()}
             own = {
@@ -230,23 +230,10 @@ class _Exporter:
             planned.append(PlannedGroup(part, group, shapes, own))
         return planned
 
-    def _constants(
-        self, prefix: str, values: dict[str, float], unread: dict[str, Tensor]
-    ) -> dict[str, Tensor]:
-        """Return the tensors that this package does not use: the imported ones and `values`.
-
-        The imported ones alone are returned for the layout of a whole imported source.
-        """
-        if self.whole_source and prefix:
-            return unread
-        return unread | {
-            prefix + key: _constant(prefix + key, value) for key, value in values.items()
-        }
-
     def _buffers(self, part: str, prefix: str) -> dict[str, Tensor]:
         """Return the tensors that the stock class of a part stores and this package computes."""
-        found = conversion_of(part, self.model).buffers(settings_of(part, self.model))
-        return {prefix + key: _tensor(prefix + key, value) for key, value in found.items()}
+        found = self._conversions[part].buffers(settings_of(part, self.model))
+        return _constants(found, prefix)
 
     def _write(
         self,
@@ -296,9 +283,11 @@ class _Exporter:
         source = self.record.config
         stock = stock_config("ar", self.model)
         defaults = {
-            "mm_vision_tower": None,
-            "mm_hidden_size": self.model.tokenizer.feature_channels,
-            "mm_vision_select_layer": typing.cast("TaTokConfig", self.model.tokenizer).select_layer,
+            **{
+                key: value
+                for part, found in self._conversions.items()
+                for key, value in found.config_keys(settings_of(part, self.model)).items()
+            },
             "diffusion_name_or_path": None,
             "dtype": self.model.ar.param_dtype,
             **stock,
@@ -306,7 +295,7 @@ class _Exporter:
         }
         if "torch_dtype" in source:
             del defaults["dtype"]
-        conversion = conversion_of("ar", self.model)
+        conversion = self._conversions["ar"]
         assert conversion.layout is not None, "language models are classes of transformers"
         stated = {key: stock[key] for key in conversion.layout.fields} | {
             "image_start_tag_id": vocabulary.image_start,
@@ -339,30 +328,14 @@ class _Exporter:
         return defaults | source | stated | {SECTION: own}
 
 
-def _constant(name: str, value: float) -> Tensor:
-    return _tensor(name, np.full((1, 3, 1, 1), value, np.float32))
+def _constants(values: Mapping[str, np.ndarray], prefix: str) -> dict[str, Tensor]:
+    """Return arrays as tensors whose names have a prefix."""
 
+    def tensor(name: str, value: np.ndarray) -> Tensor:
+        return Tensor(name, value.shape, value.dtype, pathlib.Path(), lambda: value)
 
-def _tensor(name: str, value: np.ndarray) -> Tensor:
-    return Tensor(name, value.shape, value.dtype, pathlib.Path(), lambda: value)
+    return {prefix + key: tensor(prefix + key, value) for key, value in values.items()}
 
 
 def _special_ids(vocabulary: Vocabulary) -> dict[str, int]:
     return {"eos_token_id": vocabulary.end_of_turn, "pad_token_id": vocabulary.pad_id}
-
-
-def _write_ta_tok_pth(directory: pathlib.Path, args: dict[str, Any], notes: list[str]) -> None:
-    """Replace ta_tok.safetensors by ta_tok.pth with its args, if torch is installed."""
-    file = directory / "ta_tok.safetensors"
-    try:
-        import torch
-        from safetensors.torch import load_file
-    except ImportError:
-        notes.append(
-            f"ta_tok is {file.name} with args.json: install PyTorch to export the published "
-            "ta_tok.pth"
-        )
-        return
-    torch.save({"model": {"args": args, "sd": load_file(file)}}, directory / "ta_tok.pth")
-    file.unlink()
-    (directory / "args.json").unlink()

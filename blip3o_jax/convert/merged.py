@@ -10,7 +10,7 @@ import numpy as np
 from blip3o_jax.config import ModelConfig, UserError
 from blip3o_jax.convert.mapping import parameter_shapes
 from blip3o_jax.convert.stored_weights import StoredArray, StoredWeights
-from blip3o_jax.convert.tables import PREFIXES
+from blip3o_jax.convert.tables import CONVERTED_PARTS
 from blip3o_jax.lora import FACTORS, LORA_PARTS, merge_kernel
 
 
@@ -24,7 +24,7 @@ class MergedWeights(StoredWeights):
 
     def __init__(self, root: pathlib.Path, step: int, model: ModelConfig, *, ema: bool = False):
         super().__init__(root, step, ema=ema)
-        for part in [part for part in self.parts if part in PREFIXES]:
+        for part in [part for part in self.parts if part in CONVERTED_PARTS]:
             self._check(part, parameter_shapes(part, model), root)
         self._scales = {part: getattr(model, part).lora.scale for part in LORA_PARTS}
         self.merged_parts = tuple(

@@ -104,8 +104,9 @@ def buffers(cfg: MMDiTConfig) -> dict[str, np.ndarray]:
 CONVERSION = Conversion(
     rules,
     "diffusers:SD3Transformer2DModel",
-    ("JointTransformerBlock",),
-    LAYOUT,
-    velocity,
+    prefix="model.mmdit.",
+    layers=("JointTransformerBlock",),
+    layout=LAYOUT,
+    velocity=velocity,
     buffers=buffers,
 )

@@ -6,12 +6,13 @@ unread.safetensors    tensors that this package does not use
 
 import dataclasses
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from blip3o_jax import checksums
 from blip3o_jax.config import UserError
-from blip3o_jax.convert.tensor_files import ShardedWriter, Tensor, read_file
+from blip3o_jax.convert.tensor_files import Tensor, read_file
+from blip3o_jax.convert.tensor_writer import ShardedWriter
 
 RECORD_FILE = "conversion.json"
 UNREAD = "unread"
@@ -22,9 +23,9 @@ class ConversionRecord:
     """Hold the contents of conversion.json: properties of the imported files."""
 
     tied_head: bool = False  # lm_head.weight is stored although it equals the embeddings
-    flat_decoder: bool = False  # decoder.x instead of decoder.vision_model.x
-    nested_encoder: bool = False  # encoder.vision_model.x instead of encoder.x
-    own_tokenizer: bool = False  # TA-Tok is in a separate file, with another scale_layer
+    # (part, prefix in its table, prefix in the files), of those in `Conversion.spellings`
+    spellings: tuple[tuple[str, str, str], ...] = ()
+    own_tokenizer: bool = False  # the vision tokenizer is in a file of its own
     # (full name, dtype in the files) of tensors that the checkpoint stores in a wider dtype
     dtypes: tuple[tuple[str, str], ...] = ()
     # config.json and generation_config.json of the source
@@ -33,23 +34,33 @@ class ConversionRecord:
 
     def published_key(self, part: str, key: str) -> str:
         """Return the name in the source's files of the table's `key`."""
-        if part == "tokenizer" and self.flat_decoder:
-            key = (
-                key.replace("decoder.vision_model.", "decoder.", 1)
-                if key.startswith("decoder.")
-                else key
-            )
-        if part == "tokenizer" and self.nested_encoder and key.startswith("encoder."):
-            key = "encoder.vision_model." + key.removeprefix("encoder.")
+        for of, table, file in self.spellings:
+            if of == part and key.startswith(table):
+                return file + key.removeprefix(table)
         return key
 
     def table_key(self, part: str, key: str) -> str:
         """Return the table's key of a name in the files: the inverse of `published_key`."""
-        if part == "tokenizer" and self.flat_decoder and key.startswith("decoder."):
-            key = "decoder.vision_model." + key.removeprefix("decoder.")
-        if part == "tokenizer" and self.nested_encoder and key.startswith("encoder.vision_model."):
-            key = "encoder." + key.removeprefix("encoder.vision_model.")
+        for of, table, file in self.spellings:
+            if of == part and key.startswith(file):
+                return table + key.removeprefix(file)
         return key
+
+
+def spellings_in(names: Iterable[str], known: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Return those of `known`, pairs (prefix in the table, prefix in the files), that a part's
+    `names` have.
+
+    One of the two prefixes begins with the other: whether any name has the longer one decides.
+    """
+    names = list(names)
+    found = []
+    for table, file in known:
+        there = any(name.startswith(file) for name in names)
+        longer = any(name.startswith(max(table, file, key=len)) for name in names)
+        if there and longer == (len(file) > len(table)):
+            found.append((table, file))
+    return found
 
 
 def write_record(
@@ -79,7 +90,8 @@ def read_record(directory: pathlib.Path) -> tuple[ConversionRecord | None, dict[
     values = checksums.read_json(file)
     try:
         stored = values.pop(UNREAD)
-        record = ConversionRecord(**values | {"dtypes": tuple(map(tuple, values["dtypes"]))})
+        pairs = {name: tuple(map(tuple, values[name])) for name in ("dtypes", "spellings")}
+        record = ConversionRecord(**values | pairs)
     except (KeyError, TypeError) as error:
         raise UserError(
             f"{file} is damaged, or of another version of blip3o_jax ({error}): "

@@ -4,21 +4,16 @@ A source is a BLIP3o-NEXT directory, a directory of a stock language model (Qwen
 is published), a diffusers directory (transformer/, vae/, scheduler/) and a TA-Tok file, in any
 combination that makes a whole model. Sizes and options come from config.json files; those that are
 absent are the published model's. Only headers of weights are read, and the values of a tied head
-that is stored.
+that is stored, which must equal the embeddings.
 
-Published files have several names for a tensor, all of which are accepted:
-
-    decoder.vision_model.x, decoder.x     the TA-Tok decoder, saved with transformers before 5, or 5
-    encoder.x, encoder.vision_model.x     its encoder
-    lm_head.weight                        of a tied model it must equal the embeddings
-
-Prefixes of wrapper modules (wrappers.py) are removed, with a note.
+Published files may spell a tensor's name in several ways, all of which are accepted
+(`Conversion.spellings`). Prefixes of wrapper modules (wrappers.py) are removed, with a note.
 """
 
 import dataclasses
 import pathlib
-from collections.abc import Iterable
-from typing import Any, Literal, cast
+from collections.abc import Iterable, Iterator
+from typing import Any, Literal
 
 import jax.numpy as jnp
 import numpy as np
@@ -30,37 +25,25 @@ from blip3o_jax.config import (
     MeshConfig,
     ModelConfig,
     SamplingConfig,
-    TaTokConfig,
     UserError,
 )
-from blip3o_jax.convert.conversions import conversion_of, read_stock_config
-from blip3o_jax.convert.record import ConversionRecord
-from blip3o_jax.convert.source_checks import (
-    check_buffer,
-    check_part,
-    check_scale,
-    check_tied_head,
+from blip3o_jax.convert.conversions import (
+    conversion_of,
+    known_prefixes,
+    prefix_of,
+    read_stock_config,
 )
+from blip3o_jax.convert.record import ConversionRecord, spellings_in
+from blip3o_jax.convert.source_checks import check_buffer, check_part, check_tied_head
 from blip3o_jax.convert.source_files import SECTION, Files, WeightSource
 from blip3o_jax.convert.stock_config import OWN_FIELDS, SCHEDULER
-from blip3o_jax.convert.ta_tok_args import read_ta_tok
-from blip3o_jax.convert.tables import HEAD, PREFIXES
+from blip3o_jax.convert.tables import HEAD, PUBLISHED_PARTS
 from blip3o_jax.convert.tensor_files import Tensor, read_json
 from blip3o_jax.part_registry import settings_of
 from blip3o_jax.text.tokenizers import BPE_FILE, SENTENCEPIECE_FILE, TextTokenizer, load_tokenizer
 from blip3o_jax.text.vocabulary import Vocabulary
 
 INITIALISABLE = ("connector", "image_embeddings", "latent_connector", "feature_connector")
-# Tensors that this package does not use and stores unchanged: names or their prefixes, by part.
-UNREAD = {
-    "tokenizer": (
-        "scale_layer.",
-        "teacher.",
-        "encoder.embeddings.position_ids",
-        "decoder.vision_model.embeddings.position_ids",
-    ),
-    "ar": ("model.und_image_vae_as_noise_connector.",),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +87,7 @@ def open_source(
     for name in initialise:
         config_lib.check_choice("--initialise", name, INITIALISABLE)
     files = Files.read(source, diffusion, ta_tok, variant)
-    files.ta_tok_config = ta_tok_config
+    files.tokenizer_sizes = ta_tok_config
     tokenizer = _text_tokenizer(source)
     model = _model_config(files, initialise)
     vocabulary = Vocabulary(tokenizer, model.tokenizer.codebook_size)
@@ -166,9 +149,7 @@ def _model_config(files: Files, initialise: tuple[str, ...]) -> ModelConfig:
     Raises UserError for parts whose sizes do not match.
     """
     where = str(files.config_file)
-    model = config_lib.from_dict(
-        files.section.get("model", {}), ModelConfig, f"{where}: {SECTION}.model"
-    )
+    model = files.model
     ar = _with_own(read_stock_config("ar", files.values, where), model.ar, OWN_FIELDS)
     replaced: dict[str, Any] = {"ar": dataclasses.replace(ar, spare_rows=0)}
     for name, part in (("transformer", "dit"), ("vae", "vae")):
@@ -177,11 +158,12 @@ def _model_config(files: Files, initialise: tuple[str, ...]) -> ModelConfig:
             replaced[part] = _with_own(new, getattr(model, part), ("dtype", "remat", "unroll"))
     if files.scheduler is not None:
         replaced["flow"] = SCHEDULER.read(files.scheduler[1], str(files.scheduler[0]))
-    # The published layout has no other tokenizer than TA-Tok.
-    tokenizer = cast("TaTokConfig", model.tokenizer)
-    replaced["tokenizer"] = read_ta_tok(tokenizer, files.ta_tok, files.ta_tok_config)
+    if (own := conversion_of("tokenizer", model).file) is not None:
+        replaced["tokenizer"] = own.settings(
+            model.tokenizer, files.tokenizer_args, files.tokenizer_sizes
+        )
     there = lambda part: (
-        any(key.startswith(PREFIXES[part]) for key in files.tensors) or part in initialise
+        any(key.startswith(prefix_of(part, model)) for key in files.tensors) or part in initialise
     )
     editing: dict[str, Any] = {
         "latents": there("latent_connector"),
@@ -264,46 +246,47 @@ def _match_tensors(
     Returns (record of the name variants, tensors by part and name in the table, unused tensors by
     full name).
     """
-    wanted = ["tokenizer", "ar", "connector", "dit", "vae"]
+    wanted = list(PUBLISHED_PARTS)
     wanted += ["latent_connector"] * model.editing.latents + [
         "feature_connector"
     ] * model.editing.features
-    tower = [
-        key.removeprefix(PREFIXES["tokenizer"])
-        for key in files.tensors
-        if key.startswith(PREFIXES["tokenizer"])
-    ]
-    decoder = [key for key in tower if key.startswith("decoder.")]
     record = ConversionRecord(
         tied_head=model.ar.tie_word_embeddings and HEAD in files.tensors,
-        flat_decoder=bool(decoder)
-        and not any(key.startswith("decoder.vision_model.") for key in decoder),
-        nested_encoder=any(key.startswith("encoder.vision_model.") for key in tower),
+        spellings=tuple(_spellings(files, model, wanted)),
         own_tokenizer=files.own_tokenizer,
     )
     parts: dict[str, dict[str, Tensor]] = {part: {} for part in wanted}
     unread: dict[str, Tensor] = {}
-    # Longest first: the AR's prefix is empty and would match every name.
-    prefixes = sorted(
-        ((prefix, part) for part, prefix in PREFIXES.items()), key=lambda p: -len(p[0])
-    )
     for name, tensor in files.tensors.items():
-        prefix, part = next((prefix, part) for prefix, part in prefixes if name.startswith(prefix))
-        key = record.table_key(part, name.removeprefix(prefix))
+        part = next(part for prefix, part in known_prefixes().items() if name.startswith(prefix))
+        conversion = conversion_of(part, model)
+        # A name with the prefix of another family stays whole, and is refused as unknown.
+        key = record.table_key(part, name.removeprefix(conversion.prefix))
         # A stored copy of a tied head is checked (`check_tied_head`) and noted in the record, not
         # read twice.
         if part == "ar" and key == HEAD and model.ar.tie_word_embeddings:
             continue
-        buffers = conversion_of(part, model).buffers(settings_of(part, model))
+        buffers = conversion.buffers(settings_of(part, model))
         if key in buffers:
             check_buffer(tensor, buffers[key])
             unread[name] = tensor
-        elif key.startswith(UNREAD.get(part, ("\0",))):
-            check_scale(key, tensor)
+        elif key.startswith(conversion.unread):
+            conversion.check_unread(key, tensor)
             unread[name] = tensor
         else:
             parts[part][key] = tensor
     return record, parts, unread
+
+
+def _spellings(
+    files: Files, model: ModelConfig, parts: Iterable[str]
+) -> Iterator[tuple[str, str, str]]:
+    """Yield (part, prefix in its table, prefix in the files) of names that are spelled so."""
+    for part in parts:
+        if known := conversion_of(part, model).spellings:
+            prefix = prefix_of(part, model)
+            names = [k.removeprefix(prefix) for k in files.tensors if k.startswith(prefix)]
+            yield from ((part, *pair) for pair in spellings_in(names, known))
 
 
 def _with_dtypes(

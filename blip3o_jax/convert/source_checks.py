@@ -8,9 +8,10 @@ import numpy as np
 
 from blip3o_jax import config as config_lib
 from blip3o_jax.config import ModelConfig, UserError
-from blip3o_jax.convert.mapping import Group, groups
+from blip3o_jax.convert.conversions import conversion_of
+from blip3o_jax.convert.mapping import groups
 from blip3o_jax.convert.source_files import Files
-from blip3o_jax.convert.tables import EMBEDDINGS, HEAD, PREFIXES
+from blip3o_jax.convert.tables import EMBEDDINGS, HEAD
 from blip3o_jax.convert.tensor_files import Tensor
 
 
@@ -24,19 +25,6 @@ def check_buffer(tensor: Tensor, value: np.ndarray) -> None:
         )
 
 
-def check_scale(key: str, tensor: Tensor) -> None:
-    """Raise UserError unless a tokenizer's scaling layer maps to [-1, 1].
-
-    It must map pixels from [0, 1] or be the identity, since this package passes pixels in [-1, 1].
-    """
-    allowed = {"scale_layer.shift": (0.0, 0.5), "scale_layer.scale": (1.0, 0.5)}.get(key)
-    if allowed and not any(np.all(tensor.read() == value) for value in allowed):
-        raise UserError(
-            f"{tensor.file}: {tensor.key} is {tensor.read().reshape(-1).tolist()}, but the vision "
-            f"tokenizer takes pixels in [-1, 1]: it must be {' or '.join(map(str, allowed))}"
-        )
-
-
 def check_part(
     part: str,
     model: ModelConfig,
@@ -45,15 +33,20 @@ def check_part(
     initialise: tuple[str, ...],
 ) -> None:
     """Raise UserError unless the files hold exactly the tensors of the part's table."""
+    conversion = conversion_of(part, model)
+    prefix = conversion.prefix
+    sizes = _sizes(part, model, files)
     if not given:
         if part in initialise:
             return
-        diffusers = "--diffusion=DIR with weights"
-        advice = {"dit": diffusers, "vae": diffusers, "tokenizer": "--ta_tok=FILE"}.get(part)
-        advice = f"give {advice}" if advice else f"use --initialise={part} to create them"
+        advice = f"use --initialise={part} to create them"
+        if conversion.file is not None:
+            advice = f"give {conversion.file.option}"
+        elif conversion.library == "diffusers":
+            advice = "give --diffusion=DIR with weights"
         raise UserError(
-            f"{files.config_file.parent} holds no tensors of part {part} ({PREFIXES[part]}*): "
-            f"{files.unknown_prefix(PREFIXES[part]) or advice}{files.unread_files()}"
+            f"{files.config_file.parent} holds no tensors of part {part} ({prefix}*): "
+            f"{files.unknown_prefix(prefix) or advice}{files.unread_files()}"
         )
     if part in initialise:
         raise UserError(
@@ -67,33 +60,30 @@ def check_part(
             for key, shape in group.tensors.items()
         }
     except config_lib.ConfigError as error:  # invalid sizes
-        raise UserError(f"{_sizes(part, files)}: {error}") from error
+        raise UserError(f"{sizes}: {error}") from error
     if missing := [key for key in shapes if key not in given]:
-        behind = files.unknown_prefix(PREFIXES[part] + missing[0])
+        behind = files.unknown_prefix(prefix + missing[0])
         raise UserError(
-            f"{next(iter(given.values())).file.parent}: {PREFIXES[part]}{missing[0]} is missing "
-            f"({len(missing)} tensors of {part} in all), which {_sizes(part, files)} requires"
+            f"{next(iter(given.values())).file.parent}: {prefix}{missing[0]} is missing "
+            f"({len(missing)} tensors of {part} in all), which {sizes} requires"
             f"{'; ' * bool(behind)}{behind}{files.unread_files()}"
         )
     if extra := [tensor for key, tensor in given.items() if key not in shapes]:
         raise UserError(
             f"{extra[0].file}: {extra[0].key} belongs to no parameter of {part} ({len(extra)} "
-            f"tensors in all) according to {_sizes(part, files)}: correct the sizes or remove it"
+            f"tensors in all) according to {sizes}: correct the sizes or remove it"
         )
     for key, (shape, group) in shapes.items():
-        _check_tensor(part, given[key], shape, group, files, grown="image_embeddings" in initialise)
+        grown = group.rule.vocabulary and "image_embeddings" in initialise
+        wanted = (files.values["vocab_size"], *shape[1:]) if grown else shape
+        _check_tensor(given[key], wanted, sizes)
 
 
-def _check_tensor(
-    part: str, tensor: Tensor, shape: tuple[int, ...], group: Group, files: Files, *, grown: bool
-) -> None:
-    wanted = shape
-    if grown and group.rule.vocabulary:
-        wanted = (files.values["vocab_size"], *shape[1:])
+def _check_tensor(tensor: Tensor, wanted: tuple[int, ...], sizes: str) -> None:
     if tensor.shape != wanted:
         raise UserError(
             f"{tensor.file}: {tensor.key} has shape {list(tensor.shape)}, but "
-            f"{_sizes(part, files)} makes it {list(wanted)}"
+            f"{sizes} makes it {list(wanted)}"
         )
     if not jnp.issubdtype(tensor.dtype, jnp.floating):
         raise UserError(
@@ -101,17 +91,23 @@ def _check_tensor(
         )
 
 
-def _sizes(part: str, files: Files) -> str:
+def _sizes(part: str, model: ModelConfig, files: Files) -> str:
     """Return the source of a part's sizes, for messages."""
-    if part == "tokenizer" and files.ta_tok_config is not None:
-        return f"{files.ta_tok_config} (over the published so400m tokenizer)"
-    stock = {"vae": files.vae, "latent_connector": files.vae}.get(part, files.transformer)
-    if stock is not None and part not in ("ar", "tokenizer"):
-        return str(stock[0]) if part in ("dit", "vae") else f"{files.config_file} with {stock[0]}"
-    if part == "ar" or files.section:
+    conversion = conversion_of(part, model)
+    own = conversion.file
+    if own is not None:
+        if files.tokenizer_sizes is not None:
+            return f"{files.tokenizer_sizes} (over {own.published})"
+        stated = f"{own.published} ({own.sizes_option} states another)"
+        return str(files.config_file) if files.section else stated
+    if conversion.library == "transformers":
         return str(files.config_file)
-    if part == "tokenizer":
-        return "the published so400m tokenizer (--ta_tok_config=FILE.json states another)"
+    stock = {"vae": files.vae, "latent_connector": files.vae}.get(part, files.transformer)
+    if stock is not None:
+        own_sizes = conversion.layout is not None
+        return str(stock[0]) if own_sizes else f"{files.config_file} with {stock[0]}"
+    if files.section:
+        return str(files.config_file)
     return f"{files.config_file} with the published sizes (--diffusion=DIR states others)"
 
 

@@ -1,4 +1,4 @@
-"""Read the configurations and headers of a source's files, without validating them."""
+"""Read the configurations and headers of a source's files, without comparing them."""
 
 import dataclasses
 import pathlib
@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from blip3o_jax import config as config_lib
-from blip3o_jax.config import UserError
-from blip3o_jax.convert.tables import PREFIXES
-from blip3o_jax.convert.tensor_files import Tensor, load_torch, read_json, torch_tensors
+from blip3o_jax.config import ModelConfig, UserError
+from blip3o_jax.convert.conversions import conversion_of, conversion_of_config, known_prefixes
+from blip3o_jax.convert.tensor_files import Tensor, read_json
 from blip3o_jax.convert.weight_files import WeightFile, find_weights, read_weights
 from blip3o_jax.convert.wrappers import unwrapped_names
 
@@ -43,24 +43,25 @@ class Files:
     config_file: pathlib.Path
     values: dict[str, Any]  # config.json of the source
     section: dict[str, Any]
+    model: ModelConfig  # of the section; without one the published model
     tensors: dict[str, Tensor]
     # (path, contents) of each configuration, None if absent
     transformer: tuple[pathlib.Path, dict[str, Any]] | None
     vae: tuple[pathlib.Path, dict[str, Any]] | None
     scheduler: tuple[pathlib.Path, dict[str, Any]] | None
-    ta_tok: dict[str, Any]  # args of the TA-Tok file
+    tokenizer_args: dict[str, Any]  # stated in the vision tokenizer's own file
     notes: list[str]
     variant: str = ""
     weight_sources: list[WeightSource] = dataclasses.field(default_factory=list)
-    own_tokenizer: bool = False  # TA-Tok is in a separate file
-    ta_tok_config: pathlib.Path | None = None
+    own_tokenizer: bool = False  # the vision tokenizer is in a file of its own
+    tokenizer_sizes: pathlib.Path | None = None
 
     @classmethod
     def read(
         cls,
         source: pathlib.Path,
         diffusion: pathlib.Path | None,
-        ta_tok: pathlib.Path | None,
+        tokenizer: pathlib.Path | None,
         variant: str = "",
     ) -> "Files":
         """Read configurations and headers; UserError for missing or damaged files."""
@@ -72,12 +73,14 @@ class Files:
         values = read_json(file)
         section = values.get(SECTION, {})
         config_lib.check(isinstance(section, dict), f"{file}: {SECTION} must be a group of fields")
-        files = cls(file, values, section, {}, None, None, None, {}, [], variant)
+        model = config_lib.from_dict(
+            section.get("model", {}), ModelConfig, f"{file}: {SECTION}.model"
+        )
+        files = cls(file, values, section, model, {}, None, None, None, {}, [], variant)
         if diffusion is not None:
             files._read_diffusion(diffusion)
-        if ta_tok is not None:
-            files.own_tokenizer = True
-            files._read_ta_tok(ta_tok)
+        if tokenizer is not None:
+            files._read_tokenizer(tokenizer)
         files._add("", source, "transformers", *read_weights(source, "transformers", variant))
         files._check_variant(source)
         return files
@@ -97,11 +100,7 @@ class Files:
     def _read_diffusion(self, directory: pathlib.Path) -> None:
         """Read those of transformer/ (or dit/, as exports name it), vae/, scheduler/ that exist."""
         found = False
-        for name, prefix in (
-            ("transformer", PREFIXES["dit"]),
-            ("vae", PREFIXES["vae"]),
-            ("scheduler", ""),
-        ):
+        for name, part in (("transformer", "dit"), ("vae", "vae"), ("scheduler", "")):
             folder = directory / name
             if name == "transformer" and not folder.is_dir():
                 folder = directory / "dit"
@@ -109,12 +108,16 @@ class Files:
             if not folder.is_dir():
                 continue
             found = True
-            setattr(self, name, (file, read_json(file)))
-            if prefix and find_weights(folder, "diffusers", self.variant) is not None:
+            values = read_json(file)
+            setattr(self, name, (file, values))
+            if not part:
+                continue
+            prefix = conversion_of_config(part, values, str(file)).prefix
+            if find_weights(folder, "diffusers", self.variant) is not None:
                 self._add(
                     prefix, folder, "diffusers", *read_weights(folder, "diffusers", self.variant)
                 )
-            elif prefix:
+            else:
                 self.weight_sources.append(WeightSource(folder, None, prefix, "diffusers", {}))
                 self.notes.append(f"{folder} holds no weights: only its sizes are read")
         if not found:
@@ -123,30 +126,16 @@ class Files:
                 "diffusers directory"
             )
 
-    def _read_ta_tok(self, path: pathlib.Path) -> None:
-        """Read a TA-Tok file, or the directory of one.
-
-        The file is {"model": {"args": ..., "sd": ...}}, or safetensors with an args.json.
-        """
-        file = path
-        prefix = PREFIXES["tokenizer"]
-        if path.is_dir():
-            file = next(
-                (
-                    path / f"ta_tok{s}"
-                    for s in (".pth", ".safetensors")
-                    if (path / f"ta_tok{s}").is_file()
-                ),
-                path,
-            )
-        if file.is_dir() or file.suffix == ".safetensors":
-            args = file.with_name("args.json")
-            self.ta_tok = read_json(args) if args.is_file() else {}
-            self._add(prefix, file, "", *read_weights(file))
-            return
-        model = read_ta_tok_file(file)
-        self.ta_tok = dict(model["args"])
-        self._add(prefix, file, "", torch_tensors(model["sd"], file), WeightFile(file, "", ()))
+    def _read_tokenizer(self, path: pathlib.Path) -> None:
+        """Read the vision tokenizer's own file."""
+        conversion = conversion_of("tokenizer", self.model)
+        if conversion.file is None:
+            kind = type(self.model.tokenizer).model_type
+            raise UserError(f"{path}: a vision tokenizer {kind!r} has no file of its own")
+        opened = conversion.file.open(path)
+        self.own_tokenizer = True
+        self.tokenizer_args = opened.args
+        self._add(conversion.prefix, opened.path, "", opened.tensors, opened.weights)
 
     def _add(
         self,
@@ -161,7 +150,7 @@ class Files:
         Replaced tensors and names with wrappers are noted.
         """
         unwrapped = unwrapped_names(
-            tensors, () if prefix else tuple(filter(None, PREFIXES.values())), str(weights.file)
+            tensors, () if prefix else tuple(filter(None, known_prefixes())), str(weights.file)
         )
         weight_source = WeightSource(path, weights, prefix, library, unwrapped)
         self.weight_sources.append(weight_source)
@@ -208,20 +197,3 @@ class Files:
             for note in weight_source.weights.notes
         ]
         return "".join(f"; {note}" for note in notes)
-
-
-def read_ta_tok_file(file: pathlib.Path) -> dict[str, Any]:
-    """Return {"args": group, "sd": {name: torch tensor}} of a TA-Tok file of PyTorch.
-
-    Raises UserError for any other file.
-    """
-    contents = load_torch(file)
-    model = contents.get("model", contents) if isinstance(contents, Mapping) else None
-    if not isinstance(model, Mapping) or not isinstance(model.get("sd"), Mapping):
-        raise UserError(f"{file} is not a TA-Tok file: it has no model.sd; see docs/conversion.md")
-    args = model.get("args") or {}
-    if not isinstance(args, Mapping) or not all(isinstance(key, str) for key in model["sd"]):
-        raise UserError(
-            f"{file} is not a TA-Tok file: model.args and model.sd must be groups with names"
-        )
-    return {"args": args, "sd": model["sd"]}

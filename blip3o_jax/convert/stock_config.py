@@ -9,7 +9,7 @@ ids of image tokens) and are ignored.
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
 from blip3o_jax import config
@@ -49,14 +49,17 @@ class ConfigLayout:
     ignored: frozenset[str]
     # (values of a file, its path) -> fields that are derived from several keys.
     computed: Callable[[dict[str, Any], str], dict[str, Any]] = lambda values, where: {}
-    # settings -> keys to write in addition to `fields`, in place of the defaults of `fixed`.
-    stated: Callable[[Any], dict[str, Any]] | None = None
+    # (layout, settings) -> keys to write in addition to `fields`, in place of the defaults of
+    # `fixed`.
+    stated: "Callable[[ConfigLayout, Any], dict[str, Any]] | None" = None
+    # Values to write that `stated` takes from here.
+    written: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     kind: str = "_class_name"  # the key of `fixed` that names the class
 
     def write(self, settings: Any) -> dict[str, Any]:
         """Return the fields (JSON values) that the stock class is built from."""
         if self.stated is not None:
-            return self.stated(settings) | _taken(self, settings)
+            return self.stated(self, settings) | _taken(self, settings)
         return {key: values[0] for key, values in self.fixed.items()} | _taken(self, settings)
 
     def read(self, values: Any, where: str) -> Any:
@@ -68,12 +71,11 @@ class ConfigLayout:
         return _read(self, values, where, self.computed(values, where))
 
 
-def _qwen_stated(cfg: QwenConfig) -> dict[str, Any]:
+def _qwen_stated(layout: ConfigLayout, cfg: QwenConfig) -> dict[str, Any]:
     """Return the keys of a Qwen's config.json other than its sizes.
 
     The rotary base is written in the forms of both transformers 4 and 5.
     """
-    layout = {Qwen2Config: QWEN2, Qwen3Config: QWEN3}[type(cfg)]
     named = ("model_type", "hidden_act", "attention_bias", "attention_dropout")
     return {
         **{key: layout.fixed[key][0] for key in named if key in layout.fixed},
@@ -83,8 +85,8 @@ def _qwen_stated(cfg: QwenConfig) -> dict[str, Any]:
         "sliding_window": None,
         "max_window_layers": cfg.num_hidden_layers,
         "layer_types": ["full_attention"] * cfg.num_hidden_layers,
-        "max_position_embeddings": 40960 if layout is QWEN3 else 32768,
         "use_cache": True,
+        **layout.written,
     }
 
 
@@ -167,6 +169,7 @@ QWEN3 = ConfigLayout(
     ),
     computed=_qwen_computed,
     stated=_qwen_stated,
+    written={"max_position_embeddings": 40960},
     kind="model_type",
 )
 # Qwen2 has neither a key for biases nor one for the size of heads.
@@ -176,6 +179,7 @@ QWEN2 = dataclasses.replace(
     fields={key: default for key, default in QWEN3.fields.items() if key != "head_dim"},
     fixed={key: values for key, values in QWEN3.fixed.items() if key != "attention_bias"}
     | {"model_type": ("qwen2",)},
+    written={"max_position_embeddings": 32768},
 )
 SANA = ConfigLayout(
     SanaConfig,
@@ -243,7 +247,7 @@ SCHEDULER = ConfigLayout(
     ignored=frozenset(
         {"base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len", "time_shift_type"}
     ),
-    stated=lambda cfg: {"_class_name": "FlowMatchEulerDiscreteScheduler"},
+    stated=lambda layout, cfg: {"_class_name": "FlowMatchEulerDiscreteScheduler"},
 )
 
 

@@ -99,18 +99,18 @@ class Rule:
 
 # The parts of the published BLIP3o-NEXT, in the order of the data flow; editing models have more.
 PUBLISHED_PARTS = ("tokenizer", "ar", "connector", "dit", "vae")
+# All parts with a conversion, in the order of the tensors of a BLIP3o-NEXT directory.
+CONVERTED_PARTS = (
+    "tokenizer",
+    "ar",
+    "connector",
+    "latent_connector",
+    "feature_connector",
+    "dit",
+    "vae",
+)
 HEAD = "lm_head.weight"
 EMBEDDINGS = "model.embed_tokens.weight"
-# The prefixes of the parts' tensors in a BLIP3o-NEXT directory.
-PREFIXES = {
-    "tokenizer": "model.vision_tower.vision_tower.",
-    "ar": "",
-    "connector": "model.diffusion_connector.",
-    "latent_connector": "model.und_image_vae_connector.",
-    "feature_connector": "model.tar_siglip_features_connector.",
-    "dit": "model.sana.",
-    "vae": "model.sana_vae.",
-}
 
 
 def linear(
@@ -184,57 +184,6 @@ def _decoder(cfg: QwenConfig, biases: str, norms: list[Rule]) -> list[Rule]:
     if not cfg.tie_word_embeddings:
         table.append(Rule(HEAD, ("lm_head/kernel",), "linear", vocabulary=True))
     return table
-
-
-# Of the stock class's `MultiheadAttention`, which stores query, key and value as one.
-_POOL = ("attention/query", "attention/key", "attention/value")
-
-
-def _vision_model(patch_layout: str) -> list[Rule]:
-    """Return the rules of `transformers.SiglipVisionModel` ("patch") or `Siglip2VisionModel`
-    ("linear").
-    """
-    layer, here = "encoder.layers.{i}.", "encoder/layers/"
-    attention = (("q_proj", "query"), ("k_proj", "key"), ("v_proj", "value"), ("out_proj", "out"))
-    return [
-        *linear("embeddings.patch_embedding", "patch_embedding", patch_layout),
-        Rule("embeddings.position_embedding.weight", ("position_embedding",)),
-        *norm(f"{layer}layer_norm1", f"{here}norm1", bias=True),
-        *(
-            r
-            for torch, path in attention
-            for r in linear(f"{layer}self_attn.{torch}", f"{here}attention/{path}")
-        ),
-        *norm(f"{layer}layer_norm2", f"{here}norm2", bias=True),
-        *linear(f"{layer}mlp.fc1", f"{here}mlp/up"),
-        *linear(f"{layer}mlp.fc2", f"{here}mlp/down"),
-        *norm("post_layernorm", "post_layernorm", bias=True),
-        Rule("head.probe", ("head/probe",), "probe"),
-        # torch's `MultiheadAttention` stores query, key and value in one tensor, in this order.
-        Rule("head.attention.in_proj_weight", tuple(f"head/{p}/kernel" for p in _POOL), "linear"),
-        Rule("head.attention.in_proj_bias", tuple(f"head/{p}/bias" for p in _POOL)),
-        *linear("head.attention.out_proj", "head/attention/out"),
-        *norm("head.layernorm", "head/norm", bias=True),
-        *linear("head.mlp.fc1", "head/mlp/up"),
-        *linear("head.mlp.fc2", "head/mlp/down"),
-    ]
-
-
-def ta_tok(cfg: object) -> list[Rule]:
-    """Return the rules of TA-Tok; its SigLIP classes lie one level deeper in the decoder than in
-    the encoder.
-    """
-    return [
-        *prefixed("encoder.", "encoder/", _vision_model("patch")),
-        *linear("encode_task_layer.0", "encode_task_layer"),
-        *linear("bottleneck.in_linear", "bottleneck/in_linear"),
-        Rule("bottleneck.regularizer.embedding.weight", ("bottleneck/codebook/embedding",)),
-        *linear("bottleneck.regularizer.embedding_proj", "bottleneck/codebook/embedding_proj"),
-        *linear("bottleneck.out_linear", "bottleneck/out_linear"),
-        *prefixed("decoder.vision_model.", "decoder/", _vision_model("linear")),
-        *linear("decode_task_layer.0", "decode_task_layer1"),
-        *linear("decode_task_layer.2", "decode_task_layer2"),
-    ]
 
 
 def connector(cfg: object) -> list[Rule]:

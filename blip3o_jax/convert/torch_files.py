@@ -23,10 +23,10 @@ import transformers
 from blip3o_jax.config import ModelConfig, UserError
 from blip3o_jax.config.errors import first_line
 from blip3o_jax.convert import torch_model
-from blip3o_jax.convert.conversions import conversion_of
+from blip3o_jax.convert.conversions import conversion_of, known_prefixes, prefix_of
 from blip3o_jax.convert.source import TorchSource
-from blip3o_jax.convert.source_files import WeightSource, read_ta_tok_file
-from blip3o_jax.convert.tables import EMBEDDINGS, HEAD, PREFIXES
+from blip3o_jax.convert.source_files import WeightSource
+from blip3o_jax.convert.tables import EMBEDDINGS, HEAD
 from blip3o_jax.part_registry import resolve, settings_of
 
 
@@ -44,14 +44,15 @@ def load_torch(source: TorchSource, parts: Sequence[str]) -> torch_model.Blip3o:
 def _load_part(part: str, cfg: ModelConfig, source: TorchSource) -> torch.nn.Module:
     module: torch.nn.Module | None = None
     missing: set[str] = set()
+    conversion = conversion_of(part, cfg)
     with _silence_warnings():
         for weight_source in source.weight_sources:
-            if weight_source.prefix not in ("", PREFIXES[part]):
+            if weight_source.prefix not in ("", conversion.prefix):
                 continue
             if weight_source.library == "diffusers":
                 module, missing = _from_diffusers(part, weight_source, source)
-            elif part == "ar" and not weight_source.is_wrapped:
-                module, missing = _from_transformers(weight_source, source)
+            elif conversion.library == "transformers" and not weight_source.is_wrapped:
+                module, missing = _from_transformers(part, weight_source, source)
             else:
                 if module is None:
                     module = torch_model.part(part, cfg)
@@ -61,21 +62,21 @@ def _load_part(part: str, cfg: ModelConfig, source: TorchSource) -> torch.nn.Mod
                     module, _state(part, weight_source, source), weight_source, tied=tied
                 )
     # Buffers are computed by the stock class, and need not be in the files.
-    missing -= set(conversion_of(part, cfg).buffers(settings_of(part, cfg)))
+    missing -= set(conversion.buffers(settings_of(part, cfg)))
     if module is None or missing:
         raise UserError(
             f"{source.weight_sources[-1].path}: PyTorch finds no "
-            f"{PREFIXES[part]}{min(missing, default='*')} there"
+            f"{conversion.prefix}{min(missing, default='*')} there"
         )
     # float32, so that outputs can be compared to 1e-5 whatever the files' dtype.
     return module.float().eval()
 
 
 def _from_transformers(
-    weight_source: WeightSource, source: TorchSource
+    part: str, weight_source: WeightSource, source: TorchSource
 ) -> tuple[torch.nn.Module, set[str]]:
-    """Load the AR; a BLIP3o-NEXT directory also holds the other parts' tensors."""
-    cls = _stock_class("ar", source)
+    """Load a language model; a BLIP3o-NEXT directory also holds the other parts' tensors."""
+    cls = _stock_class(part, source)
     config = cls.config_class.from_json_file(weight_source.path / "config.json")
     return _from_pretrained(
         weight_source,
@@ -145,37 +146,32 @@ def _state(
     part: str, weight_source: WeightSource, source: TorchSource
 ) -> Mapping[str, torch.Tensor]:
     """Return the tensors of a part by the stock module's names; other parts are skipped."""
-    prefix = PREFIXES[part].removeprefix(weight_source.prefix)
-    others = tuple(
-        other
-        for other in PREFIXES.values()
-        if other and other != PREFIXES[part] and not weight_source.prefix
-    )
+    own = prefix_of(part, source.config.model)
+    prefix = own.removeprefix(weight_source.prefix)
+    # Names of other parts begin with the empty prefix too.
+    others = tuple(p for p in known_prefixes() if p.startswith(prefix) and p != own)
+    if weight_source.prefix:
+        others = ()
     unread = {key.removeprefix(weight_source.prefix) for key in source.unread}
     state = {}
-    for name, read in _tensors(weight_source):
+    for name, read in _tensors(part, weight_source, source):
         short = weight_source.unwrapped.get(name, name)
-        if (
-            short.startswith(prefix)
-            and short not in unread
-            and not (part == "ar" and short.startswith(others))
-        ):
+        if short.startswith(prefix) and short not in unread and not short.startswith(others):
             state[source.record.table_key(part, short.removeprefix(prefix))] = read()
     return state
 
 
-def _tensors(weight_source: WeightSource) -> Iterator[tuple[str, Callable[[], torch.Tensor]]]:
+def _tensors(
+    part: str, weight_source: WeightSource, source: TorchSource
+) -> Iterator[tuple[str, Callable[[], torch.Tensor]]]:
     """Yield (name, function that reads the tensor) of the files that the library finds."""
+    own_file = conversion_of(part, source.config.model).file
     for file in _files(weight_source):
         if file.suffix != ".safetensors":
-            is_ta_tok = (
-                weight_source.prefix == PREFIXES["tokenizer"] and weight_source.library == ""
-            )
-            state = (
-                read_ta_tok_file(file)["sd"]
-                if is_ta_tok
-                else torch.load(file, map_location="cpu", weights_only=True)
-            )
+            if own_file is not None and weight_source.library == "":
+                state = own_file.torch_state(file)
+            else:
+                state = torch.load(file, map_location="cpu", weights_only=True)
             yield from ((name, functools.partial(_identity, x)) for name, x in state.items())
             continue
         with safetensors.safe_open(file, "pt") as opened:

@@ -20,7 +20,7 @@ import transformers
 
 from blip3o_jax.config import FlowConfig, ModelConfig, SamplingConfig
 from blip3o_jax.convert.conversions import conversion_of, stock_config
-from blip3o_jax.convert.tables import PREFIXES
+from blip3o_jax.convert.tables import CONVERTED_PARTS
 from blip3o_jax.part_registry import PART_TABLE, resolve, settings_of
 
 
@@ -38,8 +38,8 @@ def part(
     `attn_implementation` ("sdpa" or "eager") applies to the AR only. Raises ValueError for an
     unknown name.
     """
-    if name not in PREFIXES:
-        raise ValueError(f"there is no part {name!r}: use one of {', '.join(PREFIXES)}")
+    if name not in CONVERTED_PARTS:
+        raise ValueError(f"there is no part {name!r}: use one of {', '.join(CONVERTED_PARTS)}")
     conversion = conversion_of(name, cfg)
     cls = resolve(conversion.torch_class)
     with torch.device(device or "cpu"):
@@ -89,18 +89,26 @@ class Blip3o(torch.nn.Module):
     def latents(self, x_BCHW: torch.Tensor) -> torch.Tensor:
         """Encode images in [-1, 1] at the target size to scaled latents, float32."""
         with torch.no_grad():
-            return (
-                self.vae.encode(x_BCHW.to(self.vae.dtype)).latent.float()
-                * self.cfg.vae.scaling_factor
-            )
+            z_BCHW = self.encode_image(x_BCHW.to(self.vae.dtype))
+        return z_BCHW.float() * self.cfg.vae.scaling_factor
 
     def pixels(self, z_BCHW: torch.Tensor) -> torch.Tensor:
         """Decode scaled latents to images in [0, 1], float32."""
         with torch.no_grad():
-            x_BCHW = self.vae.decode(
-                (z_BCHW / self.cfg.vae.scaling_factor).to(self.vae.dtype)
-            ).sample
+            x_BCHW = self.decode_latents((z_BCHW / self.cfg.vae.scaling_factor).to(self.vae.dtype))
         return (x_BCHW.float() / 2 + 0.5).clamp(0, 1)
+
+    def encode_image(self, x_BCHW: torch.Tensor) -> torch.Tensor:
+        """Return the autoencoder's raw latents [B, C, h, w] of images in [-1, 1]."""
+        encode = conversion_of("vae", self.cfg).encode
+        assert encode is not None, "every family of the autoencoder has one"
+        return encode(self.vae, x_BCHW)
+
+    def decode_latents(self, z_BCHW: torch.Tensor) -> torch.Tensor:
+        """Return the autoencoder's images [B, 3, H, W] of raw latents, not clipped."""
+        decode = conversion_of("vae", self.cfg).decode
+        assert decode is not None, "every family of the autoencoder has one"
+        return decode(self.vae, z_BCHW)
 
     def hidden(
         self,

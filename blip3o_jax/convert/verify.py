@@ -20,13 +20,14 @@ import numpy as np
 from blip3o_jax import config as config_lib
 from blip3o_jax.config import Config, ModelConfig, UserError
 from blip3o_jax.config.errors import install_command
+from blip3o_jax.convert.conversions import prefix_of
 from blip3o_jax.convert.mapping import Group, groups
 from blip3o_jax.convert.merged import MergedWeights
 from blip3o_jax.convert.progress import ByteProgress
 from blip3o_jax.convert.report import Difference, PartReport, Report
 from blip3o_jax.convert.source import TorchSource, open_source
 from blip3o_jax.convert.stock_config import OWN_FIELDS
-from blip3o_jax.convert.tables import PREFIXES
+from blip3o_jax.convert.tables import CONVERTED_PARTS
 from blip3o_jax.lora import base_config
 from blip3o_jax.train.checkpoint import find, read_config
 
@@ -54,7 +55,7 @@ def verify(
     different tensors, or PyTorch is not installed.
     """
     config_lib.check(seed >= 0, f"--seed={seed} must be 0 or more")
-    compare, torch_files = _comparison()
+    compare, computations, torch_files = _comparison()
     initialise = tuple(initialise)
     source = open_source(
         torch_dir,
@@ -68,7 +69,7 @@ def verify(
     config = read_config(root)
     weights = MergedWeights(root, step, config.model, ema=ema)
     merged = dataclasses.replace(config, model=base_config(config.model))
-    given = [part for part in PREFIXES if source.tensors.get(part)]
+    given = [part for part in CONVERTED_PARTS if source.tensors.get(part)]
     for name in parts:
         config_lib.check_choice("--parts", name, given)
     chosen = [part for part in given if not parts or part in parts]
@@ -89,17 +90,17 @@ def verify(
                 part, source, merged.model, weights, getattr(model, part), progress
             )
         _print_line(f"{part}  outputs")
-        computations = compare.computations(part, source, seed)
-        expected = [compare.run_torch(computation, model) for computation in computations]
+        of_part = computations.part_computations(part, source, seed)
+        expected = [compare.run_torch(computation, model) for computation in of_part]
         del model  # free PyTorch's side before the checkpoint is read
-        outputs = compare.compare(checkpoint, config, ema, (part,), computations, expected)
+        outputs = compare.compare(checkpoint, config, ema, (part,), of_part, expected)
         reports.append(PartReport(part, len(source.tensors[part]), differing, outputs))
     notes = [*source.notes, *_notes(source, merged, chosen)]
     if skipped := _why_no_joint_loss(chosen, initialise):
         notes.append(f"joint losses were not compared: {skipped}")
     else:
         _print_line("joint  losses")
-        computation = compare.joint_computation(source, seed)
+        computation = computations.joint_computation(source, seed)
         expected = [compare.run_torch(computation, torch_files.load_torch(source, JOINT))]
         reports.append(
             PartReport(
@@ -112,16 +113,16 @@ def verify(
     return Report(str(torch_dir), str(checkpoint), seed, tuple(reports), tuple(notes))
 
 
-def _comparison() -> tuple[Any, Any]:
+def _comparison() -> tuple[Any, Any, Any]:
     """Import the modules that need PyTorch."""
     try:
-        from blip3o_jax.convert import compare, torch_files
+        from blip3o_jax.convert import compare, computations, torch_files
     except ImportError as error:
         raise UserError(
             f"convert verify runs the PyTorch model, but {error.name} is not installed:"
             f" {install_command('convert')}"
         ) from error
-    return compare, torch_files
+    return compare, computations, torch_files
 
 
 def _print_line(line: str) -> None:
@@ -146,8 +147,8 @@ def _check_same_tensors(
                 f"has it as {list(s[key])}" if key in s else "has none" for s in (theirs, ours)
             ]
             raise UserError(
-                f"{PREFIXES[part]}{key}: {torch_dir} {sizes[0]}, {root} {sizes[1]}: neither was "
-                "converted from the other; give the matching pair"
+                f"{prefix_of(part, config.model)}{key}: {torch_dir} {sizes[0]}, {root} {sizes[1]}: "
+                "neither was converted from the other; give the matching pair"
             )
 
 

@@ -20,6 +20,11 @@ from tests.convert.published import Options, check_equal, planned_once  # noqa: 
 pytestmark = pytest.mark.usefixtures("planned_once")
 
 
+def test_a_family_without_a_conversion_is_refused_by_its_part():
+    with pytest.raises(config.UserError, match="part 'text_tower' is of a family without a conv"):
+        conversions.conversion_of("text_tower", config.ModelConfig())
+
+
 def test_tar_with_an_mmdit_comes_in_and_goes_out_as_the_stock_classes_have_it(tmp_path):
     """Tar: a directory of `Qwen2ForCausalLM` whose tokenizer has the image tokens, and ta_tok."""
     options = Options(3, "float32", tied=True, named_tokens=True)
@@ -89,6 +94,8 @@ def test_tar_with_an_mmdit_comes_in_and_goes_out_as_the_stock_classes_have_it(tm
         assert all(torch.equal(got[key], value) for key, value in want.items() if key in got)
         assert set(want) <= set(got)
     export_weights(tmp_path / "checkpoint", tmp_path / "whole")
+    names = published.read(tmp_path / "whole")
+    assert {f"model.mmdit.{key}" for key in state} == {k for k in names if ".mmdit." in k}
     values = json.loads((tmp_path / "whole" / "config.json").read_text())
     assert values["model_type"] == "qwen2" and values["blip3o_jax"]["model"]["dit"]["model_type"]
     again = open_source(tmp_path / "whole")

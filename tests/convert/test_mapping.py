@@ -19,7 +19,7 @@ VARIANTS = {
     "empty": published.model(Options(2, vae="empty", qk_norm=False), 48),
     "shuffled": published.model(Options(3, vae="shuffled", tied=False), 43),
 }
-CASES = [(part, name) for part in tables.PREFIXES for name in VARIANTS]
+CASES = [(part, name) for part in tables.CONVERTED_PARTS for name in VARIANTS]
 
 
 def stock_shapes(part, cfg):

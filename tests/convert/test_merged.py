@@ -15,10 +15,10 @@ from blip3o_jax import checksums, lora
 from blip3o_jax import pipeline as pipelines
 from blip3o_jax.config import LoraConfig, to_dict
 from blip3o_jax.convert import export_tensors, exporter, mapping, verify
+from blip3o_jax.convert.conversions import prefix_of
 from blip3o_jax.convert.importer import import_weights
 from blip3o_jax.convert.mapping import flat
 from blip3o_jax.convert.source import open_source
-from blip3o_jax.convert.tables import PREFIXES
 from blip3o_jax.train import checkpoint
 from blip3o_jax.train.state import merge_trees
 from tests import tiny
@@ -76,7 +76,7 @@ def sums(part, cfg, tree):
         )
         arrays[at] = np.stack([w + scale * (a @ b) for w, a, b in layers])
     return {
-        PREFIXES[part] + key: x
+        prefix_of(part, cfg) + key: x
         for key, x in mapping.to_torch(part, lora.base_config(cfg), arrays).items()
     }
 

@@ -34,7 +34,7 @@ BARE = {
     "train/fingerprint.py::_bits": NO_NETWORK,
     "convert/importer.py::_resize_vocabulary": NO_NETWORK,
     "convert/importer.py::_initialize_part": INITIALIZES,
-    "convert/compare.py::joint_computation": ONE_DEVICE,
+    "convert/computations.py::joint_computation": ONE_DEVICE,
     "convert/compare.py::_compare": ONE_DEVICE,
     "convert/compare.py::_first_differing_layer.carries": ONE_DEVICE,
     "bench/peer/jax_side.py::Side._draws": "samples noise, no network",

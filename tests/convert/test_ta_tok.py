@@ -9,7 +9,7 @@ import json
 import pytest
 
 from blip3o_jax.config import TaTokConfig, UserError
-from blip3o_jax.convert.ta_tok_args import args_of, overrides_of, read_ta_tok
+from blip3o_jax.convert.ta_tok import args_of, overrides_of, read_ta_tok
 from blip3o_jax.demo import recipe
 from tests import tiny
 
