@@ -75,7 +75,7 @@ class Blip3o(nnx.Module):
             return self.tokenizer.encode(scale_pixels(pixels_BHWC))
 
     def features(self, pixels_BHWC: jax.Array) -> jax.Array:
-        """Encode uint8 pixels at the tokenizer's size to pooled SigLIP2 features [B, N, D]."""
+        """Encode uint8 pixels at the tokenizer's size to features [B, N, D]."""
         with nn.part("tokenizer"):
             return self.tokenizer.features(scale_pixels(pixels_BHWC))
 
@@ -144,8 +144,8 @@ class Blip3o(nnx.Module):
             return self.ar(embedded_BLD, positions_BL, segment_ids_BL)
 
     def embed(self, tokens_BL: jax.Array, features: Features | None = None) -> jax.Array:
-        """Return embeddings [B, L, D] of rows, with SigLIP2 features in place of the embeddings of
-        image tokens where `features` are given.
+        """Return embeddings [B, L, D] of rows, with the tokenizer's features in place of the
+        embeddings of image tokens where `features` are given.
         """
         with nn.part("ar"):
             embedded_BLD = self.ar.embed(tokens_BL)

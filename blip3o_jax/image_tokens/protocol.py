@@ -4,7 +4,7 @@ B batch, N image tokens, P patches, X values of a patch, K codes, D width of fea
 codes.
 """
 
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import jax
 
@@ -17,6 +17,19 @@ class ImageEmbedding(NamedTuple):
     features_BPD: jax.Array  # of every patch
     pooled_BD: jax.Array  # of the whole image, compared with captions
     patches_BPX: jax.Array  # the pixels of every patch, which the dense objective predicts
+
+
+class TokenizerOutput(NamedTuple):
+    """Hold what the loss of the stage `tokenizer` needs; from `codebook_loss` on scalars."""
+
+    teacher_BND: jax.Array  # the encoder's features that are reconstructed, float32, no gradient
+    reconstructed_BND: jax.Array  # float32
+    ids_BN: jax.Array  # int32
+    codebook_loss: jax.Array  # moves codes to the vectors that they stand for
+    commitment_loss: jax.Array  # moves the vectors to their codes
+    entropy_gap: jax.Array  # in nats, 0 for uniform use of the codes
+    usage: jax.Array  # the fraction of codes that the batch uses
+    perplexity: jax.Array  # the effective number of codes in use
 
 
 class ImageTokenizer(Protocol):
@@ -52,6 +65,8 @@ class ImageTokenizer(Protocol):
         """Return the codebook [K, C], float32."""
         ...
 
-    def __call__(self, x_BHWC: jax.Array, *, key: jax.Array | None = None) -> Any:
-        """Return the outputs for the loss of stage `tokenizer` (`ta_tok.TaTokOutput`)."""
+    def __call__(self, x_BHWC: jax.Array, *, key: jax.Array | None = None) -> TokenizerOutput:
+        """Return the outputs for the loss of the stage `tokenizer`; `key` is for a stochastic
+        assignment of codes.
+        """
         ...

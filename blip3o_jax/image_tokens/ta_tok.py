@@ -11,7 +11,7 @@ Shape suffixes: B batch, H height, W width, C channels, N image tokens, D width.
 """
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,22 +19,9 @@ from flax import nnx
 
 from blip3o_jax import config, nn
 from blip3o_jax.image_tokens.encoder import AttentionPool, Encoder, EncoderShape
-from blip3o_jax.image_tokens.protocol import ImageEmbedding
+from blip3o_jax.image_tokens.protocol import ImageEmbedding, TokenizerOutput
 from blip3o_jax.image_tokens.siglip2 import SiglipVision
 from blip3o_jax.image_tokens.simvq import Quantised, SimVq
-
-
-class TaTokOutput(NamedTuple):
-    """Hold the result of a training pass."""
-
-    teacher_BND: jax.Array  # pooled SigLIP2 features, float32, no gradient
-    reconstructed_BND: jax.Array  # float32
-    ids_BN: jax.Array  # int32
-    codebook_loss: jax.Array  # from here on the scalars of `simvq.Quantised`
-    commitment_loss: jax.Array
-    entropy_gap: jax.Array
-    usage: jax.Array
-    perplexity: jax.Array
 
 
 class Bottleneck(nnx.Module):
@@ -175,13 +162,13 @@ class TaTok(nnx.Module):
 
     def __call__(
         self, x_BHWC: jax.Array, pool_scale: int | None = None, *, key: jax.Array | None = None
-    ) -> TaTokOutput:
+    ) -> TokenizerOutput:
         """Encode and reconstruct images [B, H, W, 3] in [-1, 1] for training."""
         teacher_BND = self.features(x_BHWC, pool_scale)
         quantised = self.quantise(teacher_BND, key=key)
         reconstructed_BND = self._reconstruct(quantised.codes_BND)
         # The codes are dropped: the remaining fields have the same names and order in both tuples.
-        return TaTokOutput(teacher_BND, reconstructed_BND, *quantised[1:])
+        return TokenizerOutput(teacher_BND, reconstructed_BND, *quantised[1:])
 
     def _to_codes(self, features_BND: jax.Array) -> jax.Array:
         with jax.named_scope("encode_task"):

@@ -78,13 +78,12 @@ def contrastive_loss(
 def tokenizer_loss(
     model: Blip3o, batch: Arrays, keys_B: jax.Array, *, loss: LossConfig, image_token_offset: int
 ) -> tuple[jax.Array, Arrays]:
-    """Reconstruct the features of the frozen encoder from their codes; SimVQ's codebook and
-    commitment losses, and the codes' usage.
+    """Reconstruct the features of the frozen encoder from their codes; the codebook's and the
+    commitment loss, and the codes' usage.
     """
     del image_token_offset
     with nn.part("tokenizer"):
-        # One key for all rows: the stochastic codebook samples over the whole array
-        # (SimVq._assign).
+        # One key for all rows: a stochastic codebook samples over the whole array.
         out = model.tokenizer(scale_pixels(batch["tokenizer_pixels"]), key=keys_B[0])
     # Divided by the features' variance: predicting their mean has error 1 at any scale of the
     # encoder.

@@ -16,6 +16,7 @@ import torch
 
 from blip3o_jax.bench.peer.worker import Arrays, Prepared, Task
 from blip3o_jax.config import OptimizerConfig, UserError
+from blip3o_jax.convert.mapping import groups
 from blip3o_jax.convert.source import open_source
 from blip3o_jax.convert.tables import PUBLISHED_PARTS
 from blip3o_jax.convert.torch_files import load_torch
@@ -172,10 +173,16 @@ class Side:
 
     def _trained(self, model: Blip3o) -> list[torch.nn.Parameter]:
         ar, dit = _part(model, "ar"), _part(model, "dit")
-        captions = [module for name, module in dit.named_children() if "caption" in name]
+        # What the joint stage trains of the diffusion head (train/stages.py).
+        captions = {
+            name.rpartition(".")[0]: None
+            for group in groups("dit", model.cfg)
+            for name in group.tensors
+            if any("caption" in path for path in group.shapes)
+        }
         trained = [
             p
-            for module in (ar, _part(model, "connector"), *captions)
+            for module in (ar, _part(model, "connector"), *map(dit.get_submodule, captions))
             for p in module.float().requires_grad_().parameters()
         ]
         if model.cfg.ar.remat != "none":

@@ -33,6 +33,12 @@ class TrainStep:
             config.data.pack == 1,
             f"data.pack={config.data.pack}: the bench has rows of one example, which can be full",
         )
+        tokens = config.model.tokenizer.num_tokens
+        check(
+            config.stage != "joint" or config.data.max_length > tokens,
+            f"data.max_length={config.data.max_length} must be above {tokens}, the number of tokens"
+            " of an image",
+        )
         self.config = config
         self.strategy = strategy
         self.rows = config.data.batch_size

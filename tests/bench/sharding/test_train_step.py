@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from blip3o_jax.bench.sharding import train_step
+from blip3o_jax.config import ConfigError
 from tests import tiny
 
 
@@ -37,6 +38,14 @@ def test_a_synthetic_row_ends_in_an_image_that_is_learned():
     ).all()
     assert batch["loss_mask"][0, -n:].all() and batch["tokens"].max() < cfg.model.ar.vocab_size
     assert batch["pixels"].max() > 200 and (batch["positions"][1] == np.arange(length)).all()
+
+
+def test_rows_that_no_image_fits_into_are_refused():
+    cfg = tiny.run_config(stage="joint")
+    tokens = cfg.model.tokenizer.num_tokens
+    short = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, max_length=tokens))
+    with pytest.raises(ConfigError, match=rf"max_length={tokens} must be above {tokens}"):
+        train_step.TrainStep(short, tiny.strategy())
 
 
 @pytest.mark.usefixtures("quick_compile")
