@@ -20,7 +20,7 @@ from blip3o_jax import config as config_lib
 from blip3o_jax import pipeline as pipelines
 from blip3o_jax.config import Config, UserError
 from blip3o_jax.data import images
-from blip3o_jax.evaluation import report
+from blip3o_jax.evaluation import report_contents as contents
 from blip3o_jax.provenance import provenance
 from blip3o_jax.train import recipe as recipes
 from blip3o_jax.train.loop import Summary
@@ -89,6 +89,7 @@ class Clock:
         began = time.monotonic()
         cpu_began = time.process_time()
         yield
+        # Not in a finally: a part that fails has no duration.
         took = [time.monotonic() - began, time.process_time() - cpu_began]
         self.seconds[name], self.cpu_seconds[name] = self._before["parts"].get(name, took)
         self._write()
@@ -105,6 +106,7 @@ class Clock:
 
     def peak_memory(self) -> float:
         """Return the largest peak memory of the processes of all starts, GiB."""
+        # ru_maxrss is in KiB on Linux.
         now = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
         return max(now, self._before["peak_memory_gib"])
 
@@ -143,12 +145,12 @@ def inner_workings(
     real = zip(originals_BHWC, pipeline.codes(views_BTTC), captions, strict=False)
     sampled = zip(*(values[:SHOWN] for values in samples), strict=False)
 
-    def token_map(image: np.ndarray, ids: np.ndarray, caption: str) -> report.TokenMap:
-        return report.TokenMap(image, ids.reshape(tokenizer.grid, tokenizer.grid), caption)
+    def token_map(image: np.ndarray, ids: np.ndarray, caption: str) -> contents.TokenMap:
+        return contents.TokenMap(image, ids.reshape(tokenizer.grid, tokenizer.grid), caption)
 
     return {
         "reconstructions": [
-            report.Reconstruction(*pair)
+            contents.Reconstruction(*pair)
             for pair in zip(originals_BHWC, pipeline.autoencode(originals_BHWC), strict=True)
         ],
         "token_maps": [
@@ -169,7 +171,7 @@ def facts_of_run(
     )
     return {
         "stages": [
-            report.Stage(
+            contents.Stage(
                 shown_name(name, stage),
                 curves(stage_directory(workdir, name), CURVES[stage.title]),
                 NOTES[stage.title],
@@ -198,7 +200,7 @@ def stage_directory(workdir: pathlib.Path, stage: str) -> pathlib.Path:
     return workdir / stage if stage == "rl" else workdir / "train" / stage
 
 
-def curves(directory: pathlib.Path, names: tuple[str, ...]) -> list[report.Curve]:
+def curves(directory: pathlib.Path, names: tuple[str, ...]) -> list[contents.Curve]:
     """Return the curves of metrics along a run, titled without the metrics' group; each with that
     of held-out records, eval/NAME, where the run has one.
     """
@@ -207,7 +209,7 @@ def curves(directory: pathlib.Path, names: tuple[str, ...]) -> list[report.Curve
     for name in names:
         title = name.partition("/")[2]
         held_out = _series(rows, f"eval/{title}") if name.startswith("train/") else ([], [])
-        found.append(report.Curve(title, *_series(rows, name), held_out if held_out[0] else None))
+        found.append(contents.Curve(title, *_series(rows, name), held_out if held_out[0] else None))
     return found
 
 

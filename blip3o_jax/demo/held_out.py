@@ -1,5 +1,5 @@
 """Run `blip3o demo --config=FILE.py`: train a recipe, sample the captions that it holds out, and
-write the report, with the picture of each caption and the nearest training picture beside it.
+write the report: each sample with the picture of its caption and the nearest training picture.
 """
 
 import concurrent.futures
@@ -22,6 +22,7 @@ from blip3o_jax.data.sources import open_held_out, open_mixture
 from blip3o_jax.demo import chain, own
 from blip3o_jax.demo.recipe import fast_steps
 from blip3o_jax.evaluation import nearest, report
+from blip3o_jax.evaluation import report_contents as contents
 from blip3o_jax.samples import write_images
 
 SAMPLED = 96  # held-out captions, at most
@@ -207,9 +208,9 @@ def _results(
     right_B: np.ndarray,
     clock: chain.Clock,
     facts: dict[str, str],
-) -> report.Results:
+) -> contents.Results:
     comparisons = [
-        report.Comparison(
+        contents.Comparison(
             truth.caption, sample, truth.image_HWC, near.image_HWC, near.caption, distance
         )
         for truth, sample, near, distance in shown
@@ -219,13 +220,13 @@ def _results(
     captions = [truth.caption for truth, *_ in shown]
     of_run = chain.facts_of_run(workdir, stages, pipeline.config, clock)
     of_run["facts"] |= facts
-    return report.Results(
+    return contents.Results(
         title="BLIP3o-NEXT in JAX: pictures of your own",
         subtitle=(
             f"Every part trained from random weights on {pipeline.config.data.path}, then asked for"
             " captions that were held out."
         ),
-        held_out=report.HeldOutCaptions(
+        held_out=contents.HeldOutCaptions(
             float(right_B.mean()), min(nearest.CHOICES, len(right_B)), comparisons
         ),
         **chain.inner_workings(

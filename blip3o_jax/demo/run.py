@@ -17,6 +17,7 @@ from blip3o_jax.data.shapes import builder, tasks
 from blip3o_jax.demo import chain
 from blip3o_jax.demo.recipe import IMAGE_SIZE, recipe, reinforcement
 from blip3o_jax.evaluation import registry, report, runner, shapes
+from blip3o_jax.evaluation import report_contents as contents
 from blip3o_jax.rl import trainer
 
 # Suite with reference images -> (baseline, its name in the report, note of the report).
@@ -133,7 +134,7 @@ def _results(
     stages: dict[str, Config],
     clock: chain.Clock,
     fast: bool,
-) -> report.Results:
+) -> contents.Results:
     assert after.images is not None and after.codes is not None
     pipeline = pipelines.load(workdir / "rl")
     captions = [prompt["caption"] for prompt in after.prompts]
@@ -141,17 +142,17 @@ def _results(
     overall, categories = _scores(after)
     of_run = chain.facts_of_run(workdir, stages, pipeline.config, clock)
     of_run["facts"] |= chain.FAST_FACT if fast else {}
-    return report.Results(
+    return contents.Results(
         title="BLIP3o-NEXT in JAX: the demo",
         subtitle=(
             "Every part trained from random weights on drawn scenes, then asked for combinations it"
             " has never seen."
         ),
-        scored=report.Scored(
+        scored=contents.Scored(
             overall,
             categories,
             _samples(after),
-            report.Before(*_scores(before), _samples(before)),
+            contents.Before(*_scores(before), _samples(before)),
         ),
         image_tasks=[_image_task(name, evaluation) for name, evaluation in image_tasks.items()],
         **chain.inner_workings(
@@ -161,22 +162,22 @@ def _results(
     )
 
 
-def _scores(evaluation: runner.Evaluation) -> tuple[report.Score, list[report.Score]]:
+def _scores(evaluation: runner.Evaluation) -> tuple[contents.Score, list[contents.Score]]:
     """Return the overall score and that of each category."""
     model, real, random = (
         evaluation.result,
         *(evaluation.baselines[name] for name in ("real_images", "random_images")),
     )
     counts = collections.Counter(p["category"] for p in evaluation.prompts)
-    return report.Score(
+    return contents.Score(
         "overall", len(evaluation.prompts), model.overall, random.overall, real.overall
     ), [
-        report.Score(n, counts[n], model.categories[n], random.categories[n], real.categories[n])
+        contents.Score(n, counts[n], model.categories[n], random.categories[n], real.categories[n])
         for n in model.categories
     ]
 
 
-def _samples(evaluation: runner.Evaluation) -> list[report.Sample]:
+def _samples(evaluation: runner.Evaluation) -> list[contents.Sample]:
     assert evaluation.images is not None
     rows = zip(
         evaluation.prompts,
@@ -186,12 +187,12 @@ def _samples(evaluation: runner.Evaluation) -> list[report.Sample]:
         strict=True,
     )
     return [
-        report.Sample(p["caption"], p["category"], image, correct, reason)
+        contents.Sample(p["caption"], p["category"], image, correct, reason)
         for p, image, correct, reason in rows
     ]
 
 
-def _image_task(name: str, evaluation: runner.Evaluation) -> report.ImageTask:
+def _image_task(name: str, evaluation: runner.Evaluation) -> contents.ImageTask:
     baseline, words, note = IMAGE_TASKS[name]
     model = evaluation.result
     other = evaluation.baselines[baseline]
@@ -209,13 +210,13 @@ def _image_task(name: str, evaluation: runner.Evaluation) -> report.ImageTask:
         model.reasons,
         strict=False,
     )
-    return report.ImageTask(
+    return contents.ImageTask(
         name,
         note,
         words,
         [*scores, ("overall", len(evaluation.prompts), model.overall, other.overall)],
         [
-            report.ImageTaskExample(request.images[0], request.text, *row)
+            contents.ImageTaskExample(request.images[0], request.text, *row)
             for request, *row in itertools.islice(rows, EXAMPLES)
         ],
     )

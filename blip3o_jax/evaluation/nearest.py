@@ -13,10 +13,14 @@ def squared_errors(images_BHWC: np.ndarray, pictures_NHWC: np.ndarray) -> np.nda
     """Return the mean squared error over pixels of each image and picture, uint8, of values in
     [0, 255]: float32 [B, N].
     """
+    # Centred at 0: the expansion below subtracts sums of squares, and smaller ones lose fewer
+    # digits.
     a_BD, b_ND = (
         x.reshape(len(x), -1).astype(np.float32) - 127.5 for x in (images_BHWC, pictures_NHWC)
     )
+    # |a - b|^2 = |a|^2 + |b|^2 - 2 a b: an array of the differences would have B N D elements.
     squares_BN = (a_BD**2).sum(1)[:, None] + (b_ND**2).sum(1)[None] - 2 * (a_BD @ b_ND.T)
+    # Rounding may leave a small negative value for equal images.
     return np.maximum(squares_BN, 0) / a_BD.shape[1]
 
 
@@ -41,5 +45,6 @@ def matched(
     for row, errors_B in enumerate(errors_BB):
         others = np.delete(np.arange(len(errors_BB)), row)
         chosen = rng.choice(others, min(choices - 1, len(others)), replace=False)
+        # Strict, so that equal pictures of other captions are no match.
         right.append(bool((errors_B[row] < errors_B[chosen]).all()))
     return np.array(right)

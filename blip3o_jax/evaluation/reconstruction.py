@@ -62,12 +62,15 @@ def ssim(a_HWC: np.ndarray, b_HWC: np.ndarray) -> float:
     """Return the structural similarity (Wang et al. 2004) of uint8 images: windows with a deviation
     of 1.5 pixels, mean over colours.
     """
+    # float64: a variance is a difference of two large means.
     a, b = (x.astype(np.float64) for x in (a_HWC, b_HWC))
+    # The paper's window, 11 x 11 pixels.
     blur = lambda x: cv2.GaussianBlur(x, (11, 11), 1.5)
     mean_a, mean_b = blur(a), blur(b)
     var_a = blur(a * a) - mean_a**2
     var_b = blur(b * b) - mean_b**2
     covariance = blur(a * b) - mean_a * mean_b
+    # The paper's K1 and K2, for values up to 255; they bound the quotients where an area is flat.
     c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
     return float(
         np.mean(

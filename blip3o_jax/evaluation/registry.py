@@ -53,6 +53,7 @@ def find_suite(
     "ocr,scoring=reference", for the prompts of a file. UserError for another name, or a file that
     is missing or not needed."""
     reward = name.partition(",")[0]
+    # "shapes" is a suite and a reward: a file of prompts selects the reward.
     if name in SUITES and prompts_file is None:
         if images_per_prompt != 1:
             raise UserError(
@@ -60,6 +61,7 @@ def find_suite(
                 "--num_prompts"
             )
         return SUITES[name]
+    # A user's function has no name to compare with.
     if not reward.startswith("python:"):
         check_choice("suite", reward, tuple(dict.fromkeys((*SUITES, *REWARDS))))
     options = name[len(reward) :].strip(",")
@@ -70,6 +72,7 @@ def find_suite(
     if prompts_file is None:
         raise UserError(f"suite {name} scores the prompts of a file: name one (--prompts_file)")
     found = parsed(name)
+    # Both are for the sum of several rewards in a run.
     if (found.weight, found.clip) != (1.0, None):
         raise UserError(f"suite {name} is one reward and no sum: leave out weight and clip")
     return RewardSuite(found, pathlib.Path(prompts_file), images_per_prompt)

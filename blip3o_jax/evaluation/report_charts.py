@@ -46,10 +46,12 @@ def line_chart(
     others = _thin(*(np.asarray(x, np.float64) for x in held_out or ((), ())))
     everything = np.concatenate([values_, others[1]])
     low, high = float(everything.min()), float(everything.max())
+    # Only for a metric that falls far: its end would be a flat line at the bottom of a linear axis.
     logarithmic = low > 0 and high > LOG_RATIO * low and values_[0] > values_[-1]
     ticks = _log_ticks(low, high) if logarithmic else _ticks(*_range(low, high))
     scale = np.log10 if logarithmic else np.asarray
     bottom, top = float(scale(min(low, ticks[0]))), float(scale(max(high, ticks[-1])))
+    # The steps of the held-out metric may end after those of the other one.
     first, last = float(steps_[0]), float(max(steps_[-1], *others[0][-1:], steps_[0]))
 
     def place_x(step: float | np.ndarray) -> np.ndarray:
@@ -139,7 +141,7 @@ def _range(low: float, high: float) -> tuple[float, float]:
 
 
 def _ticks(low: float, high: float, *, inside: bool = False, count: int = 4) -> list[float]:
-    """Round numbers (1, 2 or 5 times a power of ten) that span [low, high], or lie inside it."""
+    """Return round numbers (1, 2 or 5 times a power of ten) that span [low, high], or are in it."""
     rough = max(high - low, 1e-12) / count
     power = 10 ** math.floor(math.log10(rough))
     step = next(m * power for m in (1, 2, 5, 10) if m * power >= rough * 0.999)

@@ -54,6 +54,7 @@ def evaluate(
     `out`.
     """
     bench = find_suite(suite, prompts_file, images_per_prompt)
+    # Before the checkpoint is loaded and sampled from, which takes minutes to hours.
     check_images_out(pathlib.Path(out) / "images")
     pipeline = pipelines.load(checkpoint)
     evaluation = evaluate_pipeline(pipeline, bench, num_prompts=num_prompts, seed=seed, **sampling)
@@ -87,6 +88,7 @@ def evaluate_pipeline(
     images = None
     codes = None
     answers = None
+    # The requests of a suite have one task: its outputs are all images or all answers.
     if requests[0].task == "understand":
         references = [request.images for request in requests]
         texts = [request.text for request in requests]

@@ -6,13 +6,14 @@ import re
 import numpy as np
 import pytest
 
-from blip3o_jax.evaluation import report
+from blip3o_jax.evaluation import report, report_html, report_sections
 from blip3o_jax.evaluation import report_charts as charts
+from blip3o_jax.evaluation import report_contents as contents
 
 NASTY = "a \"red\" <script>alert(1)</script> & 'circle' $title"
 
 
-def results(rng: np.random.Generator) -> report.Results:
+def results(rng: np.random.Generator) -> contents.Results:
     """Return a small run in every respect: names with underscores, prompts that look like markup, a
     loss that was not finite."""
 
@@ -20,7 +21,7 @@ def results(rng: np.random.Generator) -> report.Results:
         return rng.integers(0, 256, (side, side, 3), dtype=np.uint8)
 
     samples = [
-        report.Sample(
+        contents.Sample(
             f"{NASTY} {i}",
             ("single", "two_objects")[i // 2],
             image(),
@@ -30,25 +31,25 @@ def results(rng: np.random.Generator) -> report.Results:
         for i in range(4)
     ]
     curves = [
-        report.Curve("flow", range(10), np.linspace(2, 1, 10), ([0, 9], [2.0, 1.5])),
-        report.Curve("grad_norm", [0, 1, 2], [100.0, float("nan"), 0.5]),
-        report.Curve("empty", [], []),
+        contents.Curve("flow", range(10), np.linspace(2, 1, 10), ([0, 9], [2.0, 1.5])),
+        contents.Curve("grad_norm", [0, 1, 2], [100.0, float("nan"), 0.5]),
+        contents.Curve("empty", [], []),
     ]
-    return report.Results(
+    return contents.Results(
         title=NASTY,
         subtitle="a test",
-        scored=report.Scored(
-            overall=report.Score("overall", 4, 0.5, 0.01, 0.995),
+        scored=contents.Scored(
+            overall=contents.Score("overall", 4, 0.5, 0.01, 0.995),
             categories=[
-                report.Score("single", 2, 0.5, 0.0, 1.0),
-                report.Score("two_objects", 2, 0.5, 0.02, 0.99),
+                contents.Score("single", 2, 0.5, 0.0, 1.0),
+                contents.Score("two_objects", 2, 0.5, 0.02, 0.99),
             ],
             samples=samples,
-            before=report.Before(
-                report.Score("overall", 4, 0.25, 0.01, 0.995),
+            before=contents.Before(
+                contents.Score("overall", 4, 0.25, 0.01, 0.995),
                 [
-                    report.Score("single", 2, 0.75, 0.0, 1.0),
-                    report.Score("two_objects", 2, 0.5, 0.02, 0.99),
+                    contents.Score("single", 2, 0.75, 0.0, 1.0),
+                    contents.Score("two_objects", 2, 0.5, 0.02, 0.99),
                 ],
                 [
                     dataclasses.replace(s, correct=i == 0, image_HWC=image())
@@ -57,24 +58,24 @@ def results(rng: np.random.Generator) -> report.Results:
             ),
         ),
         image_tasks=[
-            report.ImageTask(
+            contents.ImageTask(
                 "shapes_edit",
                 "edits & more",
                 "input unchanged",
                 [("recolour", 3, 0.625, 0.125), ("overall", 3, 0.625, 0.125)],
-                [report.ImageTaskExample(image(), NASTY, image(), "", True, "as asked")],
+                [contents.ImageTaskExample(image(), NASTY, image(), "", True, "as asked")],
             ),
-            report.ImageTask(
+            contents.ImageTask(
                 "shapes_qa",
                 "",
                 "most frequent",
                 [("overall", 1, 0.0, 1.0)],
-                [report.ImageTaskExample(image(), "who?", None, NASTY, False, "")],
+                [contents.ImageTaskExample(image(), "who?", None, NASTY, False, "")],
             ),
         ],
-        stages=[report.Stage("autoencoder", curves, note="L1 & gradients")],
-        reconstructions=[report.Reconstruction(image(), image())],
-        token_maps=[report.TokenMap(image(), rng.integers(0, 50, (2, 3)), NASTY)],
+        stages=[contents.Stage("autoencoder", curves, note="L1 & gradients")],
+        reconstructions=[contents.Reconstruction(image(), image())],
+        token_maps=[contents.TokenMap(image(), rng.integers(0, 50, (2, 3)), NASTY)],
         seconds={"data": 3.25, "joint_training": 3700.0},
         facts={"parameters": "1.2 M"},
         configuration={"joint": {"model": {"ar": {"hidden_size": 8}}, "trainable": []}},
@@ -150,7 +151,7 @@ def test_every_section_is_drawn(page):
         assert words in text, words
 
 
-def test_what_changed_is_told_both_ways(page):
+def test_prompts_that_became_right_or_wrong_are_counted(page):
     text = " ".join(page.words)
     assert "2 prompts became right and 1 wrong; all of them, before and after:" in text
     assert [words for words in page.words if words.startswith("now ")] == [
@@ -163,7 +164,7 @@ def test_what_changed_is_told_both_ways(page):
 
 
 def test_of_many_changes_the_first_are_shown(tmp_path, rng, monkeypatch):
-    monkeypatch.setattr(report, "CHANGED", 2)
+    monkeypatch.setattr(report_sections, "CHANGED", 2)
     report.write_report(results(rng), tmp_path / "report.html")
     page = Page((tmp_path / "report.html").read_text(encoding="utf-8"))
     assert len(page.named("figure", "pair")) == 2 + 2 + 2
@@ -206,24 +207,24 @@ def test_samples_can_be_filtered_and_take_turns(page):
 
 def test_the_json_holds_what_was_drawn(written, rng):
     saved = json.loads(written.with_suffix(".json").read_text(encoding="utf-8"))
-    assert set(saved) == {f.name for f in dataclasses.fields(report.Results)}
+    assert set(saved) == {f.name for f in dataclasses.fields(contents.Results)}
     assert saved["scored"]["samples"][0]["prompt"] == f"{NASTY} 0"
     assert saved["scored"]["samples"][0]["image_HWC"].startswith("data:image/png;base64,")
     assert saved["stages"][0]["curves"][1]["values"] == [100.0, None, 0.5]
     assert np.shape(saved["token_maps"][0]["ids_HW"]) == (2, 3)
 
 
-def test_samples_of_held_out_captions_stand_beside_real_pictures(tmp_path, rng):
+def test_samples_of_held_out_captions_are_shown_with_real_pictures(tmp_path, rng):
     image = lambda: rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)
     comparisons = [
-        report.Comparison(f"{NASTY} {i}", image(), image(), image(), "a near one", 31.4)
+        contents.Comparison(f"{NASTY} {i}", image(), image(), image(), "a near one", 31.4)
         for i in range(3)
     ]
     found = dataclasses.replace(
         results(rng),
         scored=None,
         image_tasks=(),
-        held_out=report.HeldOutCaptions(0.75, 10, comparisons),
+        held_out=contents.HeldOutCaptions(0.75, 10, comparisons),
     )
     report.write_report(found, tmp_path / "report.html")
     page = Page((tmp_path / "report.html").read_text(encoding="utf-8"))
@@ -247,7 +248,7 @@ def test_an_image_of_another_kind_is_refused():
     with pytest.raises(
         ValueError, match=r"must be uint8 \[height, width, 3\], not float32 \(2, 2, 3\)"
     ):
-        report.data_uri(np.zeros((2, 2, 3), np.float32))
+        report_html.data_uri(np.zeros((2, 2, 3), np.float32))
 
 
 def _points(svg: str) -> list[list[float]]:
