@@ -88,6 +88,7 @@ def names(value: str) -> tuple[str, ...]:
 def address(value: str) -> str:
     """Return HOST:PORT."""
     host, _, port = _accepted(value, types.Text, value).rpartition(":")
+    # isdigit alone accepts superscripts, which int() refuses.
     if not (port.isascii() and port.isdigit()):
         # `distributed.Launch` names the flag in the same words.
         raise argparse.ArgumentTypeError(

@@ -13,7 +13,12 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **kwargs: Any):
         super().__init__(
-            allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs
+            # A prefix of a flag is no flag: it would become ambiguous with the next flag of that
+            # prefix. The raw formatter leaves the lines of the epilog, which are examples, as they
+            # are.
+            allow_abbrev=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            **kwargs,
         )
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
@@ -51,6 +56,7 @@ def add_command(
     """Add a command that calls `run` with its parsed arguments; `again` says what running it again
     after an interrupt does.
     """
+    # Wrapped here, since the raw formatter wraps nothing.
     description = textwrap.fill(f"{help[0].upper()}{help[1:]}. {description}", 100)
     parser = commands.add_parser(name, help=help, description=description)
     parser.set_defaults(

@@ -33,6 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _check_out(args)
         set_compilation_cache(getattr(args, "compile_cache", None))
         return args.run(args) or 0
+    # KeyboardInterrupt is no Exception, and has an exit status too.
     except BaseException as error:
         status = exits.process.report(error)
         if status is None:
@@ -70,6 +71,7 @@ def _line(error: BaseException, args: argparse.Namespace) -> str | None:
     found = files.system_error(error)
     if found is None:
         return None
+    # A write to an open file that fails, on a full disk for one, names no file.
     if found.filename is None and getattr(args, "out", None):
         found.filename = str(args.out)
     return escaped(files.describe(found)) + (

@@ -21,9 +21,12 @@ def on_all_hosts(
     )
 
     def job() -> None:
+        # Before the first collective: hosts with other settings would compile other programs, and
+        # each would wait for the others without an end.
         distributed.check_consistent(
             {name: config.to_dict(stage) for name, stage in stages.items()}, workdir.absolute()
         )
+        # An error of writing to an open file gets the name of the directory.
         with files.writing(workdir):
             run(workdir)
 

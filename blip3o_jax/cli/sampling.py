@@ -15,9 +15,11 @@ def sample_to_directory(
     given = [
         (task, text, tuple(map(images.load, paths)), args.size) for task, text, paths in requests
     ]
+    # Flags that are not given keep the values of the checkpoint's config.
     overrides = {
         name: value for name in flags.SAMPLING if (value := getattr(args, name, None)) is not None
     }
+    # After the images, so that one that cannot be read is reported before JAX is imported.
     from blip3o_jax import pipeline
 
     pipeline.generate_to_directory(

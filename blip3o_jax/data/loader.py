@@ -83,6 +83,7 @@ class Loader(Iterator[HostBatch]):
             self._batches = iter(self._dataset())
         try:
             batch = dict(next(self._batches))
+        # The next call starts workers again at the same position.
         except Exception:
             self.close()
             raise
@@ -115,6 +116,7 @@ class Loader(Iterator[HostBatch]):
                 " out examples; restore what was there, or start in a new directory with"
                 " checkpoint.init_from"
             )
+        # Workers have read ahead from another position.
         self.close()
         self._next_example = state["next_example"]
         self._skipped.counts = Counter(state["skipped"])
@@ -133,11 +135,13 @@ class Loader(Iterator[HostBatch]):
                 "digest": source.fingerprint,
                 "records": len(source),
                 "weight": weight,
+                # A list, which is what JSON gives back for a tuple.
                 "shape": source.shape and list(source.shape),
             }
             for source, weight in self._sources
         ]
         order = {"seed": self._seed, "shuffle": self._data.shuffle, "sources": sources}
+        # Several shapes are scheduled by batches: with another batch size the order is another.
         return order | ({"batch_size": self._data.batch_size} if len(self._shapes()) > 1 else {})
 
     def _shapes(self) -> list[list[int]]:
@@ -293,6 +297,7 @@ class _HostRows:
     pack: int = 1
 
     def __len__(self) -> int:
+        # Grain asks for a length, and the sequence has no end.
         return sys.maxsize
 
     def __getitem__(self, index: int) -> tuple[int, int]:

@@ -42,6 +42,7 @@ def survey(path: str) -> Survey:
             files.raise_trouble(error)
             return error
 
+    # Threads: waiting for a file releases the interpreter's lock.
     with concurrent.futures.ThreadPoolExecutor(16) as pool:
         chosen = np.linspace(0, len(source) - 1, count).astype(int)
         looked = list(pool.map(look, chosen.tolist()))

@@ -63,6 +63,7 @@ class DevicePrefetch(Iterator[dict[str, Any]]):
         self._sharding = sharding
         self._queue: queue.Queue[tuple[Any, Any]] = queue.Queue(depth)
         self._stop = threading.Event()
+        # Before the thread starts: it moves the loader on.
         self._state = loader.state()
         self.wait_seconds = 0.0
         self._thread = threading.Thread(target=self._fill, name="device-prefetch", daemon=True)
@@ -85,6 +86,7 @@ class DevicePrefetch(Iterator[dict[str, Any]]):
         began = time.perf_counter()
         batch, state = self._queue.get()
         if state is None:
+            # Put back, so that every later call raises the same error.
             self._queue.put((batch, state))
             raise batch
         self._state = state

@@ -38,6 +38,7 @@ def find_machine() -> Machine:
         done = subprocess.run(
             [sys.executable, "-c", look], capture_output=True, text=True, timeout=SECONDS
         )
+        # The last line: libraries may print others before it.
         platform, kind, devices = json.loads(done.stdout.splitlines()[-1])
     except (subprocess.TimeoutExpired, ValueError, IndexError):
         return Machine("cpu", "cpu", 1, cores or 1)  # the run itself reports what is wrong

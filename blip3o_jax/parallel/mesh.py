@@ -26,6 +26,7 @@ def make_mesh(cfg: MeshConfig, devices: Sequence[jax.Device] | None = None) -> j
     torus.
     """
     if devices is None and cfg.cpu_devices:
+        # Before jax.devices(), which starts the backend and so fixes their number.
         split_cpu(cfg.cpu_devices)
     devices = list(jax.devices() if devices is None else devices)
     sizes = [getattr(cfg, axis) for axis in AXES]
@@ -46,8 +47,8 @@ def make_mesh(cfg: MeshConfig, devices: Sequence[jax.Device] | None = None) -> j
     there = {getattr(device, "slice_index", 0) for device in devices if device.platform == "tpu"}
     if len(there) > 1:
         raise ConfigError(
-            f"mesh.slices=1, but the devices lie in {len(there)}: set mesh.slices and mesh.data to"
-            " that"
+            f"devices span {len(there)} slices, but mesh.slices=1: set mesh.slices={len(there)} and"
+            f" mesh.data to a multiple of {len(there)}"
         )
     return jax.sharding.Mesh(
         _on_torus(mesh_utils.create_device_mesh, sizes, devices=devices), AXES, axis_types=auto
@@ -85,7 +86,7 @@ def _named(cfg: MeshConfig, between: str) -> str:
 def _over_slices(slices: int, sizes: list[int], devices: list[jax.Device]) -> np.ndarray:
     if slices < 1 or sizes[0] % slices:
         raise ConfigError(
-            f"mesh.slices={slices}: data={sizes[0]} lies over the slices, so it must be a multiple"
+            f"mesh.slices={slices}: data={sizes[0]} spans the slices, so it must be a multiple"
             f" of their number; set mesh.data to {max(slices, 1)}"
         )
     there = {getattr(device, "slice_index", 0) for device in devices}
@@ -94,7 +95,8 @@ def _over_slices(slices: int, sizes: list[int], devices: list[jax.Device]) -> np
         return np.array(devices).reshape(sizes)
     if len(there) != slices:
         raise ConfigError(
-            f"mesh.slices={slices}, but the devices lie in {len(there)}: set mesh.slices to that"
+            f"devices span {len(there)} slices, but mesh.slices={slices}: set"
+            f" mesh.slices={len(there)}"
         )
     # Slices divide the data axis alone: only the sum of gradients leaves a slice.
     within = [sizes[0] // slices, *sizes[1:]]

@@ -56,6 +56,7 @@ class TokenPolicy(Policy):
             self.rl.rollout,
             prompts.image_ids,
             group=prompts.prefix_group,
+            # Scores are under the truncated distribution, which its support defines.
             return_support=True,
         )
         arrays = {"image_ids": sampled.ids_BN, "logprobs": sampled.logprobs_BN}

@@ -69,6 +69,7 @@ class TextTokenizer(abc.ABC):
             raise ValueError(
                 f"cannot decode id {wrong}: this tokenizer has ids 0 to {self.size - 1}"
             )
+        # Runs of ordinary ids are decoded at once: the bytes of a character may span several ids.
         runs = itertools.groupby(ids, key=lambda i: i in self._names)
         return "".join(
             "".join(self._names[i] for i in run) if special else self._decode_text([*run])
@@ -78,6 +79,7 @@ class TextTokenizer(abc.ABC):
     def special(self, token: str) -> int:
         """Return the id of special token `token`; UserError if the tokenizer lacks it."""
         if token not in self.specials:
+            # The first ones only: files with image tokens have 65,536 more.
             known = ", ".join(itertools.islice(self.specials, 12)) or "none"
             raise UserError(
                 f"the text tokenizer has no special token {token!r} (it has {known}); "
@@ -122,6 +124,7 @@ class SentencePieceTokenizer(TextTokenizer):
             ) from error
 
     def __reduce__(self) -> tuple[Any, ...]:
+        # The bytes of the model are all of the state: `__init__` makes the rest from them.
         return SentencePieceTokenizer, (self.proto,)
 
     def encode(self, text: str) -> list[int]:
@@ -151,6 +154,7 @@ class BpeTokenizer(TextTokenizer):
         specials = {token["content"]: token["id"] for token in self._added}
         vocab = contents["model"]["vocab"]
         _check_special_ids(specials, vocab)
+        # The greatest id, not the number of entries: ids may have gaps.
         last = max(itertools.chain(vocab.values(), specials.values()))
         super().__init__(last + 1, specials)
 
@@ -172,6 +176,7 @@ class BpeTokenizer(TextTokenizer):
             contents = _qwen_contents(path) if old else _read_json(file)
             _check_byte_level(path, contents)
             return cls(contents)
+        # These name the file already.
         except (ConfigError, OSError):
             raise
         except Exception as error:  # tokenizers raises no narrower kind
@@ -181,6 +186,7 @@ class BpeTokenizer(TextTokenizer):
             ) from error
 
     def encode(self, text: str) -> list[int]:
+        # A post-processor of the file may add special tokens at the ends of a text.
         return self._bpe.encode(text, add_special_tokens=False).ids
 
     def _decode_text(self, ids: list[int]) -> str:
@@ -239,6 +245,7 @@ def train_sentencepiece(
             vocab_size=vocab_size,
             hard_vocab_limit=False,
             byte_fallback=True,
+            # One piece per digit, as in Qwen's pattern (_QWEN_WORDS).
             split_digits=True,
             normalization_rule_name="identity",
             add_dummy_prefix=False,
@@ -247,9 +254,11 @@ def train_sentencepiece(
             pad_id=0,
             pad_piece=END_OF_TEXT,
             unk_id=1,
+            # None of these two: the chat template's tags begin and end a turn.
             bos_id=-1,
             eos_id=-1,
             control_symbols=list(CHAT_TAGS),
+            # The trainer skips longer lines, by default those of more than 4192 bytes.
             max_sentence_length=1 << 16,
             num_threads=1,
             minloglevel=2,
@@ -324,6 +333,7 @@ def _check_special_ids(specials: dict[str, Any], vocab: dict[str, int]) -> None:
     """Raise ValueError unless each special token has an id of its own, which no text reaches."""
     names = {token_id: name for name, token_id in vocab.items()}
     for name, token_id in specials.items():
+        # Not isinstance: a JSON true is a bool, which is an int.
         if type(token_id) is not int or token_id < 0:
             raise ValueError(f"the added token {name!r} has the id {token_id!r}")
         if names.setdefault(token_id, name) != name:

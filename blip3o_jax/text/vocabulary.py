@@ -32,6 +32,7 @@ class Vocabulary:
         self.tokenizer = tokenizer
         self.codebook_size = codebook_size
         self.image_start = _find_or_append(tokenizer, codebook_size)
+        # Where the files hold the image tokens, other ids may follow these.
         self.size = max(tokenizer.size, self.image_token_end)
         self.start_of_turn = tokenizer.special(START_OF_TURN)
         self.end_of_turn = tokenizer.special(END_OF_TURN)
@@ -84,6 +85,7 @@ class Vocabulary:
         names = {self.image_start: IMAGE_START, self.image_end: IMAGE_END}
         names |= {self.scale(s): f"<S{s - 1}>" for s in range(1, NUM_SCALES + 1)}
         parts: list[str] = []
+        # Text ids are decoded in runs: the bytes of a character may span several ids.
         run: list[int] = []
         for i in map(int, ids):
             if self.image_start <= i < self.image_token_end:
@@ -133,6 +135,8 @@ def _find_or_append(tokenizer: TextTokenizer, codebook_size: int) -> int:
     )
     missing = [name for name in names if name not in present]
     beyond = f"<I{codebook_size}>"
+    # Files of a larger codebook have all tokens of this one too, in order; only the next token
+    # shows the difference.
     if beyond in present:
         raise ConfigError(
             f"the text tokenizer's files hold {beyond}, but the codebook has {codebook_size} "

@@ -61,6 +61,8 @@ def optimizers() -> dict[str, Callable[..., optax.GradientTransformation]]:
     """Return the optimizers by name: those of optax that take a learning rate, and "muon"."""
     found = {}
     for name, make in vars(optax).items():
+        # optax makes some by functools.partial (nadamw). scale_by_learning_rate takes a rate too,
+        # and is a part of optimizers.
         makes_one = inspect.isfunction(make) or isinstance(make, functools.partial)
         if makes_one and not name.startswith(("_", "scale_by")) and "learning_rate" in _takes(make):
             found[name] = make
@@ -117,6 +119,7 @@ def learning_rate(cfg: OptimizerConfig, steps: int) -> optax.Schedule:
         "init_value": 0.0 if "peak_value" in takes else cfg.learning_rate,
         "end_value": cfg.end_learning_rate,
         "warmup_steps": warmup,
+        # optax counts the warm-up as a part of these steps, and needs at least one more.
         "decay_steps": max(steps, warmup + 1) if "warmup_steps" in takes else steps,
         "transition_steps": max(1, steps - warmup) if "warmup_steps" in takes else steps,
     }
@@ -198,6 +201,8 @@ def _made(
     arguments |= _keywords("optimizer.kwargs", name, kwargs, _free_arguments(name))
     with _one_line(f"optimizer: optax.{name}"):
         made = make(**arguments)
+        # AdamW's own settings have bounds, which were checked; only an update shows what other
+        # arguments do.
         if kwargs or not own:
             _check_update(made, {"kernel": _probe((2, 3, 4)), "scale": _probe((6,))})
     return made

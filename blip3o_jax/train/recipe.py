@@ -24,6 +24,7 @@ def run(recipe: dict[str, Config], workdir: str | pathlib.Path) -> dict[str, Sum
     """
     workdir = pathlib.Path(workdir).absolute()
     names = list(recipe)
+    # Before the first stage: the run of a later one may be hours away.
     for position, config in enumerate(recipe.values()):
         for part, source in config.checkpoint.init_from:
             if source not in names[:position] and not pathlib.Path(source).exists():

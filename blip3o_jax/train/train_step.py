@@ -51,8 +51,10 @@ def _mean_gradients(
         return jax.tree.map(lambda t, g: t + g / accumulate, total, grad_fn(params, *micro)), None
 
     micro_batches = jax.tree.map(cut, (batch, keys_B))
+    # The metrics are summed too, and only a trace of the loss has their names.
     shapes = jax.eval_shape(grad_fn, params, *jax.tree.map(lambda x: x[0], micro_batches))
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    # A scan holds the activations of one micro-batch at a time.
     return jax.lax.scan(add, zeros, micro_batches)[0]
 
 

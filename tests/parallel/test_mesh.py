@@ -63,7 +63,7 @@ def test_sequence_and_slices():
     [
         (
             {"data": 1, "slices": 2},
-            "mesh.slices=2: data=1 lies over the slices, so it must be a multiple of their number",
+            "mesh.slices=2: data=1 spans the slices, so it must be a multiple of their number",
         ),
         ({"data": 2, "slices": 0}, "mesh.slices=0 must lie between 1 and"),
         ({"sequence": 3}, "mesh data=1 x fsdp=-1 x sequence=3 x tensor=1 does not cover 8 devices"),
@@ -89,12 +89,12 @@ class Chip:
 def test_real_slices_are_asked_how_many_they_are():
     chips = [Chip((x, 0, 0), number) for number in range(2) for x in range(4)]
     with pytest.raises(
-        ConfigError, match=r"mesh\.slices=4, but the devices lie in 2: set mesh\.slices to that"
+        ConfigError, match=r"devices span 2 slices, but mesh\.slices=4: set mesh\.slices=2"
     ):
         make_mesh(MeshConfig(data=4, slices=4), chips)
     with pytest.raises(
         ConfigError,
-        match=r"mesh\.slices=1, but the devices lie in 2: set mesh\.slices and mesh\.data to that",
+        match=r"devices span 2 slices, but mesh\.slices=1: set mesh\.slices=2 and mesh\.data",
     ):
         make_mesh(MeshConfig(), chips)
 

@@ -75,6 +75,7 @@ def detect(image_HWC: np.ndarray) -> Detection:
         raise ValueError(
             f"the scorer takes square images of 32 pixels or more, not {list(image_HWC.shape[:2])}"
         )
+    # Floats, since OpenCV scales the CIELAB values of uint8 images to bytes.
     pixels_HWC = image_HWC.astype(np.float32) / 255
     # A light blur takes the noise off the threshold; area and centroid of a blob do not change.
     lab_HWC = cv2.cvtColor(cv2.GaussianBlur(pixels_HWC, (0, 0), size / 128), cv2.COLOR_RGB2LAB)
@@ -119,10 +120,13 @@ def _blob(
     # The pixels next to it hold the rest of its soft edge.
     here = slice(max(y - 1, 0), y + height + 1), slice(max(x - 1, 0), x + width + 1)
     mask_hw, distance_hw, pixels_hwC = mask_HW[here], distance_HW[here], pixels_HWC[here]
+    # The half that differs most from the paper: pixels of a soft edge are mixtures.
     core_hw = (mask_hw > 0) & (distance_hw >= np.median(distance_hw[mask_hw > 0]))
     towards = np.median(pixels_hwC[core_hw], axis=0) - paper
     alpha_HW = np.zeros(mask_HW.shape, np.float32)
+    # The position of a pixel on the line from the colour of the paper to that of the core.
     alpha_HW[here] = np.clip((pixels_hwC - paper) @ towards / (towards @ towards), 0, 1)
+    # Zero further away: other blobs may be in this one's box.
     alpha_HW[here] *= cv2.dilate(mask_hw, np.ones((3, 3), np.uint8))
     return _Blob(_colour(lab_HWC[here][core_hw]), alpha_HW, (x, y, width, height))
 
