@@ -264,7 +264,7 @@ def _check_writable(out: pathlib.Path, flag: str) -> None:
     mode = os.W_OK | os.X_OK if there.is_dir() else os.W_OK
     if not os.access(there, mode):
         readonly = os.statvfs(there).f_flag & os.ST_RDONLY
-        reason = "lies on a read-only file system" if readonly else "is not writable for this user"
+        reason = "is on a read-only file system" if readonly else "is not writable for this user"
         raise UserError(f"{flag}={out}: {there} {reason}: choose another")
     # For root `os.access` allows everything, and some file systems (/proc) hold no files of ours.
     directory = there if there.is_dir() else there.parent
@@ -284,7 +284,7 @@ def cache_directory() -> pathlib.Path:
     """
     home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     mine = pathlib.Path(home, "blip3o_jax")
-    # For a read-only home, as in some containers. Others can write to the directory it lies in.
+    # For a read-only home, as in some containers. Others can write to its parent directory.
     fallback = pathlib.Path(tempfile.gettempdir(), f"blip3o_jax-{os.getuid()}")
     for directory in (mine, fallback):
         with contextlib.suppress(OSError):

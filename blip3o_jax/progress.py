@@ -232,7 +232,7 @@ def _write(line: str) -> None:
 
 
 def _shortened(text: str, width: int) -> str:
-    """Return the end of the text, which tells paths apart, in at most `width` columns."""
+    """Return the end of the text, which distinguishes paths, in at most `width` columns."""
     return text if len(text) <= width else "..." + text[len(text) - max(0, width - 3) :]
 
 

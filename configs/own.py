@@ -8,8 +8,8 @@ Command:
     train` takes it too and leaves the report out.
 Hardware: a CPU or one accelerator. docs/how_to/own_images.md says how many pictures it takes.
 Duration: within 15 minutes on two quiet CPU cores.
-Expected: a page, runs/photos/report.html, with held-out captions drawn beside their own picture and
-    the nearest training picture, and the losses of held-out pictures along the training.
+Expected: a page, runs/photos/report.html, with the sample of each held-out caption, its own picture
+    and the nearest training picture, and the losses of held-out pictures along the training.
 """
 
 from blip3o_jax import config

@@ -27,7 +27,7 @@ from tests import tiny
 def get_config():
     return tiny.run_config("data", stage="autoencoder", steps=1, preview=0, data={"batch_size": 8})
 """
-# What every command needs beside the flag that is wrong. Paths are those of `write_files`.
+# What every command needs in addition to the flag that is wrong. Paths are those of `write_files`.
 BASE = {
     "data shapes": ("--out=new",),
     "data index": ("data",),
@@ -437,13 +437,13 @@ def of_files() -> Iterator[Bad]:
                 others += (
                     ("--suite=ocr",) if name == "evaluate" and flag == "--prompts_file" else ()
                 )
-                told = (
+                expected = (
                     flag,
                     action.dest,
                     value.partition(".py")[0][:20],
                     *([ENDS[name]] if name in ENDS else ()),
                 )
-                yield Bad("files", (*words, *others, f"{flag}={value}"), told)
+                yield Bad("files", (*words, *others, f"{flag}={value}"), expected)
 
 
 def all_of(seed: int = 0) -> list[Bad]:

@@ -129,9 +129,9 @@ def test_a_thousand_bad_commands_end_in_one_line(finished, monkeypatch, capfd):
             signal.alarm(0)
             faulthandler.cancel_dump_traceback_later()
         err = capfd.readouterr().err
-        told = [line for line in err.split("\n") if "blip3o: error: " in line]
-        one = len(told) == 1 and err.rstrip("\n").endswith(told[0]) and "Traceback" not in err
-        if status != 2 or not one or not any(word in told[0] for word in case.words):
+        lines = [line for line in err.split("\n") if "blip3o: error: " in line]
+        one = len(lines) == 1 and err.rstrip("\n").endswith(lines[0]) and "Traceback" not in err
+        if status != 2 or not one or not any(word in lines[0] for word in case.words):
             faults.append((case.argv, status, err[-500:]))
         after = listing(finished)
         if after != before:

@@ -247,7 +247,7 @@ def test_too_many_odd_records_end_the_run(place, run):
     assert snapshot(place / "run" / "autoencoder" / "checkpoints" / "8") == before
 
 
-def test_damaged_checkpoints_are_told_and_made_again(place, run):
+def test_damaged_checkpoints_are_reported_and_made_again(place, run):
     """Damage three steps: the newest is an empty directory, the next lacks its meta, the third
     its arrays."""
     saved = place / "run" / "joint" / "checkpoints"

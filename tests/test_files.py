@@ -66,7 +66,7 @@ def raised(error, *, cause=None, context=None):
         ),
     ],
 )
-def test_the_systems_errors_are_found_and_told(error, line):
+def test_errors_of_the_operating_system_are_reported(error, line):
     assert files.describe(files.system_error(error)) == line
 
 
@@ -186,7 +186,7 @@ def test_looking_changes_nothing(tmp_path):
 
 
 def test_directories_made_for_nothing_are_gone_again(tmp_path):
-    """Where a missing directory is left by "..", the one above is not taken for made."""
+    """Leave the directory above where a missing directory is followed by ".."."""
     made = files.make_directories(tmp_path / "gone" / ".." / "runs" / "mine")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["gone", "runs"]
     files.remove_empty(made)

@@ -123,7 +123,7 @@ def test_a_linear_layer_adds_the_scaled_product_of_its_factors(rng):
     assert relative_error(layer(x), x @ kernel + 1.5 * x @ a @ b + bias) < 1e-6
 
 
-def test_factors_are_float32_beside_a_kernel_that_is_not():
+def test_factors_are_float32_where_the_kernel_is_bfloat16():
     layer = nn.Linear(
         4, 4, (None, None), rngs=nnx.Rngs(0), param_dtype="bfloat16", lora=CFG.ar.lora
     )

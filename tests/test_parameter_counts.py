@@ -120,7 +120,7 @@ def test_the_table_is_printed_for_every_stage(stage, capsys):
 
 
 def test_the_vocabulary_is_counted_by_its_tokenizer_or_said_to_be_assumed(tmp_path):
-    """A trained tokenizer's size is a limit until the captions are read, and known afterwards."""
+    """Assume a trained tokenizer's largest size until the captions are read."""
     cfg = tiny.run_config(model={"text": {"kind": "sentencepiece", "train_size": 320}})
     limit, note = expected_vocabulary(cfg)
     assert "assumed" in note and limit.model.ar.vocab_size == 320 + 2 + 3 + 32, note

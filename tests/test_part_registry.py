@@ -61,7 +61,7 @@ def test_settings_of_no_family_are_a_bug_that_names_the_table():
 
 
 def test_nothing_but_the_table_and_a_familys_own_files_names_a_network():
-    """By an import or an attribute; presets, and anchors of published runs, name settings."""
+    """Forbid an import or an attribute; presets, and anchors of published runs, name settings."""
     networks = {
         resolve(row.network).__name__ for name in PROTOCOLS for row in PART_TABLE[name].families
     }

@@ -109,7 +109,7 @@ def test_a_terminal_that_cannot_draw_a_line_again_has_lines(monkeypatch, clock, 
 
 
 def test_on_a_terminal_other_lines_come_above_and_the_last_state_stays(monkeypatch):
-    """Nested work has a line each; both are gone in the end, but for their last states."""
+    """Give nested work a line each; both are gone in the end, but for their last states."""
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
     monkeypatch.setenv("TERM", "xterm")

@@ -20,6 +20,7 @@ TEXTS = [*PACKAGE, *TESTS, *(ROOT / "docs").rglob("*.md"), ROOT / "README.md"]
 TEXTS += [path for path in (ROOT / "launch").iterdir() if path.is_file()]
 # It lists the names that were replaced.
 TEXTS.remove(ROOT / "docs" / "CHANGELOG.md")
+PROSE = [*PACKAGE, *TESTS, *(path for path in (ROOT / "launch").iterdir() if path.is_file())]
 
 # Home-made name -> the field's. No identifier, in the package, the configurations or the tests.
 RENAMED = {
@@ -62,6 +63,23 @@ RENAMED = {
 }
 # Names that say nothing of the value. Tests may have them as local variables.
 VAGUE = ("apart", "drawn", "feed", "guided", "judged", "most", "said", "spread", "told", "turns")
+# Words that are no term of the field and have one, as a part of a name or in prose.
+INFORMAL = {
+    "beside": "next to, with, compared with, in addition to",
+    "judged": "scored, checked",
+    "tells": "reports, gives, identifies",
+    "told": "reported, distinguished",
+    "twin": "copy",
+    "wants": "takes, needs",
+}
+# First words of docstrings whose first word is not the verb.
+NO_VERBS = re.findall(
+    r"\w+",
+    "A Above After Also Although An And Are As At Before Both But By Each Errors Every Few Files"
+    " First For From Greedy Half Host How However If In It Its Layers Neither No Not Of On One Or"
+    " Outside Over Prompts Rows Saved Sent That The They This Those Three To Two Value Weights"
+    " What Whatever When Where Whether Which Whose Wider With Written",
+)
 # Modules named after no subject of the field.
 MODULES = ("apart", "drawing", "feed", "images_in", "judged", "start", "turns")
 # Settings and metrics wherever they are written, code and pages alike.
@@ -131,6 +149,41 @@ def test_home_made_names_are_gone():
 
 def test_names_of_the_package_say_what_the_value_is():
     assert not uses(PACKAGE, VAGUE)
+
+
+def test_names_have_no_informal_words():
+    found = [
+        f"{path.relative_to(ROOT)}:{line}: {name} ({', '.join(INFORMAL[word] for word in words)})"
+        for path in [*PACKAGE, *TESTS]
+        for name, line in names(path).items()
+        if (words := set(name.lower().split("_")) & INFORMAL.keys())
+    ]
+    assert not found
+
+
+@pytest.mark.parametrize("word", INFORMAL)
+def test_comments_docstrings_and_messages_have_no_informal_words(word):
+    found = [
+        f"{path.relative_to(ROOT)}:{number}: {line.strip()}"
+        for path in PROSE
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+        # A name of an HLO computation is data of its test.
+        if re.search(rf"(?<!%)\b{word}\b", line, re.IGNORECASE)
+    ]
+    assert not found, INFORMAL[word]
+
+
+@pytest.mark.parametrize("path", [*PACKAGE, *TESTS], ids=lambda path: str(path.relative_to(ROOT)))
+def test_docstrings_begin_with_a_verb(path):
+    """Check against the words that begin a sentence of another kind, which is what went wrong."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            first = (ast.get_docstring(node) or "Nothing").split()[0]
+            word = first.replace("-", "").rstrip(",:")
+            if word in NO_VERBS or not word.isalpha() or word[0].islower():
+                found.append(f"{path.relative_to(ROOT)}:{node.lineno}: {node.name}: {first}")
+    assert not found
 
 
 def test_modules_are_named_after_their_subject():

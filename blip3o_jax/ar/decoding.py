@@ -56,7 +56,7 @@ def prefill(
     past, layers = model.start_decoding(len(embedded_BLD), capacity)
     with jax.named_scope("prefill"):
         hidden_BLD, past = model.extend(embedded_BLD, segment_ids_BL, past, layers)
-    # Prompts are padded on the right, so that the last token lies at a different slot in every row.
+    # Prompts are padded on the right, so that the last token is at a different slot in every row.
     last_B11 = (lengths_B - 1)[:, None, None]
     return DecodingState(jnp.take_along_axis(hidden_BLD, last_B11, axis=1)[:, 0], past), layers
 

@@ -26,7 +26,7 @@ class Constraint(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Bounds:
-    """Require a number in an interval. NaN lies in none; `note` says what a special value does."""
+    """Require a number in an interval; NaN is in none. `note` says what a special value does."""
 
     low: float
     high: float

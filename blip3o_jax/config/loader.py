@@ -74,7 +74,7 @@ def load_recipe(path_with_arg: str, overrides: Overrides = ()) -> dict[str, Conf
 
 
 def _located(path: pathlib.Path) -> pathlib.Path:
-    """Return where the config file lies, in the first of `_directories` that has it; `path` itself
+    """Return the path of the config file, in the first of `_directories` that has it; `path` itself
     where none has.
     """
     found = (directory / path.name for directory in _directories(path))

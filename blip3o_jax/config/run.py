@@ -85,12 +85,12 @@ class Config(ConfigGroup):
             f"checkpoint.image_embedding_init={self.checkpoint.image_embedding_init!r} belongs to"
             f" stage 'joint'; stage {self.stage!r} has no AR",
         )
-        alone = self.loss.instruction_dropout
+        instruction = self.loss.instruction_dropout
         both = self.loss.condition_dropout
         check(
-            alone <= 1 - both,
-            f"loss.instruction_dropout={alone} and loss.condition_dropout={both} are fractions of"
-            " different rows: their sum must lie between 0 and 1",
+            instruction <= 1 - both,
+            f"loss.instruction_dropout={instruction} and loss.condition_dropout={both} are"
+            " fractions of different rows: their sum must lie between 0 and 1",
         )
         check(
             self.data.pack == 1 or (self.stage == "joint" and self.loss.condition_span == "exact"),

@@ -135,7 +135,7 @@ class CheckpointConfig(ConfigGroup, path="checkpoint"):
     every: PositiveInt = 1000
     """Steps between two checkpoints. The last step is always saved."""
     keep: PositiveInt = 3
-    """Newest checkpoints that stay on disk, beside the one of the lowest training loss."""
+    """Newest checkpoints that stay on disk, in addition to the one of the lowest training loss."""
     init_from: tuple[tuple[Part, Path], ...] = ()
     """Checkpoints that parts start from, as pairs (part, checkpoint directory). Other parts start
     from random weights.

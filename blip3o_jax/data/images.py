@@ -155,9 +155,7 @@ def _webp_size(data: bytes) -> tuple[int, int] | None:
 def _strip_metadata(data: bytes) -> bytes:
     """Return a PNG without its colour profile and the text chunks that hold no orientation."""
     kept = []
-    start = position = (
-        8  # after the signature; what lies between `start` and `position` is to be kept
-    )
+    start = position = 8  # after the signature; the bytes between `start` and `position` are copied
     while position + 12 <= len(data):
         length, kind = struct.unpack_from(">I4s", data, position)
         end = position + 12 + length
@@ -292,7 +290,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.has_transparency_data:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-        # Dropping the alpha channel would show whatever colour lies under transparent pixels.
+        # Dropping the alpha channel would show the hidden colour of transparent pixels.
         image = Image.alpha_composite(white, image)
     return image.convert("RGB")
 

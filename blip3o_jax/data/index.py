@@ -10,7 +10,7 @@ again: tar rounds sizes to 10 KiB, so that an edited shard may keep its size.
     DIRECTORY OF THE SHARD/.blip3o_index/NAME.index      or, where that cannot be written,
     USER'S CACHE/blip3o_jax/index/HASH-NAME.index        HASH of the shard's absolute path
 
-The index lies in the data's directory so that a copy of the data includes it, and in one hidden
+The index is in the data's directory so that a copy of the data includes it, and in one hidden
 directory so that listings and globs of the data stay as they are. File names, directories and times
 are not part of the identity.
 

@@ -58,7 +58,7 @@ def _class_names(value: Any) -> Iterator[str]:
 
 
 def check_inside(directory: str, shards: Iterable[str]) -> None:
-    """Raise UserError where a shard lies outside of the data set, symbolic links resolved."""
+    """Raise UserError where a shard is outside of the data set, symbolic links resolved."""
     root = os.path.realpath(directory)
     for shard in shards:
         try:

@@ -78,7 +78,9 @@ def test_a_prompt_given_in_two_chunks_equals_one(model, rng):
 
 @pytest.mark.usefixtures("optimizations")
 def test_the_compiled_loop_updates_the_cache_in_place(model):
-    """The temporaries of a compiled decode loop do not hold a second copy of the cache."""
+    """Check that the temporaries of a compiled decode loop do not hold a second copy of the
+    cache.
+    """
     cfg = dataclasses.replace(model.cfg, num_hidden_layers=8)
     graphdef, state = nnx.split(Qwen3(cfg, rngs=nnx.Rngs(0)))
 

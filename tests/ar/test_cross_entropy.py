@@ -46,20 +46,20 @@ def test_equals_the_naive_form(inputs, chunk, max_labels):
             hidden_BLD, head_DV, *inputs[2:], vocab_size=V, chunk=chunk, max_labels=max_labels
         )
 
-    (want, want_right), wants = jax.value_and_grad(naive, argnums=(0, 1), has_aux=True)(*inputs)
+    (want, want_right), wanted = jax.value_and_grad(naive, argnums=(0, 1), has_aux=True)(*inputs)
     (got, right), gots = jax.jit(jax.value_and_grad(chunked, argnums=(0, 1), has_aux=True))(
         *inputs[:2]
     )
     assert relative_error(got, want) < 1e-6
     assert 0 < float(right) == float(want_right) < float(inputs[3].sum())
-    for name, gradient, want_gradient in zip(("hidden", "head"), gots, wants, strict=True):
+    for name, gradient, want_gradient in zip(("hidden", "head"), gots, wanted, strict=True):
         assert relative_error(gradient, want_gradient) < 1e-6, name
     assert not np.any(gots[0][inputs[3] == 0]) and not np.any(gots[1][:, V:])
 
 
 def test_by_hand():
-    """Logits log 1, log 2, log 5 (and a padded row): the losses are log of 8 / 1, 8 / 2, 8 / 5;
-    only the last is right.
+    """Compare with logits log 1, log 2, log 5 (and a padded row): the losses are log of 8 / 1, 8 /
+    2, 8 / 5; only the last is right.
     """
     head_DV = jnp.log(jnp.array([[1.0, 2.0, 5.0, 100.0]]))
     hidden_BLD = jnp.ones((1, 4, 1))
@@ -72,8 +72,8 @@ def test_by_hand():
 
 
 def test_bfloat16_factors_give_float32_losses(inputs):
-    """A token's loss in bfloat16 would have steps of 2 %; with float32 logits only the rounding of
-    the factors is left.
+    """Allow the rounding of the factors alone: a token's loss in bfloat16 would have steps of 2 %;
+    with float32 logits only the rounding of the factors is left.
     """
     hidden_BLD, head_DV, labels_BL, mask_BL = inputs
     want, _ = naive(hidden_BLD, head_DV, labels_BL, mask_BL)
@@ -85,7 +85,9 @@ def test_bfloat16_factors_give_float32_losses(inputs):
 
 
 def test_no_array_holds_all_logits(inputs):
-    """The largest intermediate is one block of B x chunk x V, in the backward pass too."""
+    """Check that the largest intermediate is one block of B x chunk x V, in the backward pass
+    too.
+    """
     fn = jax.grad(
         lambda h, w: cross_entropy(h, w, *inputs[2:], vocab_size=V, chunk=4, max_labels=9)[0],
         argnums=(0, 1),

@@ -1,4 +1,4 @@
-"""Qwen2 beside `transformers.Qwen2ForCausalLM`, cached, and over several devices."""
+"""Compare Qwen2 with `transformers.Qwen2ForCausalLM`, cached, and over several devices."""
 
 import dataclasses
 

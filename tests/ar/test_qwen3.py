@@ -177,8 +177,8 @@ def test_every_parameter_names_its_axes():
 @pytest.mark.usefixtures("optimizations")
 @pytest.mark.parametrize("mesh", [("fsdp", 2, 4), ("fsdp_tp", 2, 2, 2), ("fsdp_sp", 2, 2)])
 def test_no_device_holds_the_whole_table_or_its_gradient(mesh):
-    """Of many more tokens than it has rows, where gathering it would be the shorter way. The
-    gradient is the sum over all.
+    """Look up many more tokens than the table has rows, where gathering it would be the shorter
+    way. The gradient is the sum over all.
     """
     strategy = tiny.strategy(*mesh, sequence=2 if mesh[0] == "fsdp_sp" else 1)
     cfg = dataclasses.replace(CFG, hidden_size=48)

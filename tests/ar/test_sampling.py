@@ -122,8 +122,8 @@ def test_a_mixed_batch_equals_the_prompt_alone_and_the_full_forward(model, name)
 
 
 def test_guidance_leans_away_from_the_tokens_without_their_prompt(model):
-    """Every choice and its log-probability from two full forwards, of the prompt and the ids so
-    far, and of the scale token and the ids so far; the hidden states are the former's.
+    """Compare every choice and its log-probability from two full forwards, of the prompt and the
+    ids so far, and of the scale token and the ids so far; the hidden states are the former's.
     """
     settings, (tokens, lengths) = SETTINGS["truncated"], prompts()
     guided = generate(model, tokens, lengths, keys(), guidance=3.0, **settings)
@@ -149,7 +149,7 @@ def test_guidance_leans_away_from_the_tokens_without_their_prompt(model):
 @pytest.mark.parametrize("unroll", [False, True], ids=["scanned", "laid out"])
 @pytest.mark.parametrize("guidance", [1.0, 2.0])
 def test_images_of_a_prompt_share_its_reading(guidance, unroll):
-    """Three images each of two prompts, as if every image had read its own."""
+    """Sample three images each of two prompts: the same as with a prefill for every image."""
     model = Qwen3(dataclasses.replace(CFG, unroll=unroll), rngs=nnx.Rngs(0))
     settings, (tokens, lengths) = SETTINGS["truncated"] | {"guidance": guidance}, prompts()
     shared = generate(model, tokens, lengths, keys(6), group=3, **settings)
@@ -164,7 +164,9 @@ def test_images_of_a_prompt_share_its_reading(guidance, unroll):
 
 
 def test_the_classes_that_could_be_drawn(model):
-    """The first image token, against the definition; none are kept where none are left out."""
+    """Compare the support of the first image token with the definition; none is returned for the
+    full softmax.
+    """
     settings, (tokens, lengths) = SETTINGS["truncated"], prompts()
     drawn = generate(model, tokens, lengths, keys(), return_support=True, **settings)
     for b, n in enumerate(LENGTHS):
@@ -237,7 +239,9 @@ def test_a_swap_of_two_almost_equal_candidates_does_not_change_the_draw():
 
 
 def test_bfloat16_decoding_uses_the_numbers_training_uses():
-    """Parameters are cast once before the loop; that must not change what each use computes."""
+    """Check that parameters are cast once before the loop; that must not change what each use
+    computes.
+    """
     model = Qwen3(dataclasses.replace(CFG, dtype="bfloat16"), rngs=nnx.Rngs(0))
     cast = sampling._cast_params(model)
     assert cast.embedding.dtype == jnp.bfloat16 and model.embedding.dtype == jnp.float32

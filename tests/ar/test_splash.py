@@ -82,7 +82,9 @@ def test_splash_is_plain_attention(name, monkeypatch):
 
 @pytest.mark.parametrize("name", MESHES)
 def test_splash_of_the_ends_of_rows(name, monkeypatch):
-    """As after a prompt that is read once for several rows."""
+    """Compute the last queries of each row alone, as after a prompt whose prefill several rows
+    share.
+    """
     monkeypatch.setitem(attention.PLATFORMS, "splash", ("tpu", "cpu"))
     start, mesh = 72, MESHES[name]
     strategy = mesh and tiny.strategy(*mesh, sequence=2 if mesh[0] == "fsdp_sp" else 1)

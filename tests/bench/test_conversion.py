@@ -41,7 +41,7 @@ def test_report(tmp_path, monkeypatch, capsys, quick_compile):
     )
     for row in report["rows"].values():
         assert row["seconds"] > 0 and 10**7 < row["peak"] < 10**10
-        assert 2 * numbers < row["bytes"] < 2 * numbers + 200_000, "a header beside the tensors"
+        assert 2 * numbers < row["bytes"] < 2 * numbers + 200_000, "a header and the tensors"
     read = report["rows"]["import"]
     assert read["allowed"] == read["host_bytes"] + read["largest"] * 5 // 4 + 2**30
     assert read["parameters"] >= 2 * numbers

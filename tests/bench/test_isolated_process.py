@@ -53,13 +53,13 @@ def test_what_comes_back(work, row, monkeypatch):
     assert isolated_process.run_isolated(work, {"BLIP3O_TEST": "1"}) == row
 
 
-def test_a_bug_is_told_with_its_type():
+def test_a_bug_is_reported_with_its_type():
     row = isolated_process.run_isolated(functools.partial(int, "x"), {})
     assert row["status"] == FAILED and row["error"].startswith("ValueError: invalid literal")
     assert "isolated_process.py" in row["traceback"]
 
 
-def test_a_line_tells_now_and_then_that_it_is_still_at_work(monkeypatch, capsys):
+def test_a_line_is_printed_now_and_then_while_it_runs(monkeypatch, capsys):
     monkeypatch.setattr(isolated_process, "PROGRESS_PERIOD", 0.05)
     assert isolated_process.run_isolated(
         functools.partial(dict, status="done"), {}, "compiling v5p"

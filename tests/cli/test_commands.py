@@ -114,7 +114,7 @@ def test_python_dash_m_is_the_same_command():
         (["paint"], "argument COMMAND: 'paint' is not one of data, train,"),
         (["evalute"], "; did you mean evaluate? (see blip3o --help)"),
         (
-            # Told before the flag it stands for is missed.
+            # Reported before the flag that it replaces is missed.
             ["sample", "--chekpoint=c", "--out=o", "--prompt=a"],
             "unrecognized argument: --chekpoint=c; did you mean --checkpoint? (see blip3o sample",
         ),

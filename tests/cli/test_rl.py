@@ -6,7 +6,7 @@ from blip3o_jax import cli
 from blip3o_jax.config import RewardConfig
 
 
-def test_images_are_judged_again_by_the_runs_own_rewards_or_by_those_named(monkeypatch, tmp_path):
+def test_images_are_rescored_by_the_rewards_of_the_run_or_by_those_named(monkeypatch, tmp_path):
     seen = []
     own = (RewardConfig("shapes", weight=0.5),)
     monkeypatch.setattr("blip3o_jax.rl.rescore.rewards_of", lambda run: own)
@@ -39,12 +39,12 @@ def test_images_are_judged_again_by_the_runs_own_rewards_or_by_those_named(monke
 )
 def test_mistakes(arguments, words, capsys):
     assert cli.main(arguments) == 2
-    told = capsys.readouterr().err.strip()
-    assert words in told and "\n" not in told
+    err = capsys.readouterr().err.strip()
+    assert words in err and "\n" not in err
 
 
 def test_overrides_with_spaces_reach_the_config(monkeypatch, tmp_path):
-    """argparse, left alone, takes an unknown --x="a b" for the name of a sub-command."""
+    """Override argparse, which takes an unknown --x="a b" for the name of a sub-command."""
     seen = []
     monkeypatch.setattr(
         "blip3o_jax.rl.trainer.run", lambda config, workdir: seen.append(config.rl.prompts_file)

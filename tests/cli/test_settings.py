@@ -24,7 +24,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_wrong_name_is_refused_before_anything_is_written(command, tmp_path, monkeypatch, capsys):
-    """In the first stage of a recipe, of which some commands take the last alone."""
+    """Refuse it in the first stage of a recipe, of which some commands take the last alone."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "recipe.py").write_text(
         "from blip3o_jax.config import Config\n\n"

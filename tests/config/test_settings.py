@@ -333,8 +333,8 @@ def test_every_field_says_what_it_may_hold():
 
 @pytest.mark.parametrize("place", sorted({path for path, *_ in LEAVES}))
 def test_an_odd_value_of_any_field_is_refused_by_name_or_is_within_bounds(place):
-    """From a dictionary, as the command line and a checkpoint give it, and in Python, as a config
-    file does.
+    """Set it from a dictionary, as the command line and a checkpoint give it, and in Python, as a
+    config file does.
     """
     for path, cls, name, hint in LEAVES:
         if path != place:
@@ -364,7 +364,7 @@ def test_an_odd_value_of_any_field_is_refused_by_name_or_is_within_bounds(place)
 
 
 def test_an_annotation_is_walked_once(monkeypatch):
-    """However often groups are constructed."""
+    """Construct groups many times."""
     config.Config()
     monkeypatch.setattr(fields.typing, "get_type_hints", None)
     monkeypatch.setattr(fields.typing, "get_origin", None)
@@ -411,8 +411,8 @@ def test_an_exception_by_name_and_first_line():
 
 
 def test_a_model_type_names_the_family_of_a_part():
-    """In JSON, there and back, and on the command line, before all other fields wherever it stands;
-    what was set of the old family stays where the new one has it.
+    """Convert it to JSON, there and back, and on the command line, before all other fields wherever
+    it stands; what was set of the old family stays where the new one has it.
     """
     cfg = config.ModelConfig(ar=config.Qwen2Config(hidden_size=768), dit=config.MMDiTConfig())
     values = config.to_dict(cfg)

@@ -12,7 +12,7 @@ from tests.rl import runs
 FILE = str(pathlib.Path(__file__).parents[2] / "configs/edit.py")
 
 
-def test_both_routes_beside_all_parts_of_the_checkpoint():
+def test_both_reference_routes_with_all_parts_of_the_checkpoint():
     found = loader.load(f"{FILE}:{runs.started_from()}", {"model.editing.reference_slots": "2"})
     given = checkpoint.read_config(runs.started_from() / "checkpoints")
     editing = found.model.editing

@@ -179,7 +179,7 @@ class Published:
 
 
 def write(place: pathlib.Path, options: Options, base: ModelConfig | None = None) -> Published:
-    """Write a BLIP3o-NEXT directory `place`/model, and beside it what states the sizes it does not:
+    """Write a BLIP3o-NEXT directory `place`/model, and next to it the files of the sizes it lacks:
     ta_tok.json, and sana/ with configurations alone. `base`: a model with sizes other than those
     of the seed.
     """

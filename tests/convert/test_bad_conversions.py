@@ -253,7 +253,7 @@ def test_another_text_tokenizer(copy):
     refused(copy, f"{copy.path} holds no text tokenizer (tokenizer.json")
 
 
-def test_the_files_beside_the_source(copy, tmp_path):
+def test_other_files_of_the_source_directory(copy, tmp_path):
     refused(
         copy,
         "sana/transformer/config.json",
@@ -489,7 +489,7 @@ def test_an_import_of_several_processes(imported, tmp_path, monkeypatch):
 
 
 def test_numbers_too_large_for_the_dtype(copy, imported, tmp_path):
-    """On the way in and on the way out; infinities that the source has itself are kept."""
+    """Refuse them in an import and in an export; infinities of the source itself stay."""
     key = "model.layers.0.mlp.up_proj.weight"
     copy.tensors[key] = copy.tensors[key].clone()
     copy.tensors[key][1, 2] = 1e5
@@ -531,7 +531,7 @@ def test_a_damaged_record(imported, tmp_path, text):
 
 
 def test_a_source_that_changes_under_the_import(copy, tmp_path):
-    """Its headers were right when they were read."""
+    """Change the tensors of a file whose headers were right when they were read."""
     source = open_source(copy.path, **copy.arguments)
     file = copy.path / SHARDS[0]
     os.truncate(file, file.stat().st_size - 2000)
@@ -599,8 +599,8 @@ def test_a_checkpoint_that_is_damaged(imported, tmp_path, pattern, spoil, words)
         ),
     ],
 )
-def test_a_checkpoint_beside_another_config_json(imported, tmp_path, changes, parameter):
-    """Above all no layer is left out."""
+def test_a_checkpoint_with_the_config_json_of_another_model(imported, tmp_path, changes, parameter):
+    """Refuse it: no layer may be left out."""
     root = shutil.copytree(imported[1], tmp_path / "checkpoint")
     values = checksums.read_json(root / "config.json")
     values["model"]["ar"] |= changes

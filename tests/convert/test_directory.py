@@ -116,7 +116,9 @@ def test_what_is_not_ours_is_not_overwritten(tmp_path, kind):
 
 
 def test_what_came_meanwhile_is_not_overwritten(tmp_path):
-    """In the hours that a conversion takes: into an earlier output, or to where there was none."""
+    """Write other files in the hours that a conversion takes: into an earlier output, or to where
+    there was none.
+    """
     out = tmp_path / "out"
     with (
         pytest.raises(UserError, match="out exists already"),
@@ -142,8 +144,8 @@ def test_what_came_meanwhile_is_not_overwritten(tmp_path):
 
 @pytest.mark.parametrize("second", [False, True], ids=["new", "overwrite"])
 def test_two_runs_to_one_place_do_not_mix(tmp_path, second):
-    """Each writes a directory of its own; the last to end has the place, or is told that it is
-    taken.
+    """Let each write its own directory; the last to end replaces the other, or ends with an
+    error.
     """
     out = tmp_path / "out"
     slow = atomic_directory(out, overwrite=second)
@@ -164,7 +166,7 @@ def test_two_runs_to_one_place_do_not_mix(tmp_path, second):
 
 
 def test_what_another_run_is_writing_is_left_alone(tmp_path):
-    """Or a killed one has left behind."""
+    """Leave the directory of a running process, or the one that a killed one has left behind."""
     for name in (".out.partial", ".out.abcd1234.partial", ".out.abcd1234.old"):
         (tmp_path / name).mkdir()
         fill(tmp_path / name)
@@ -203,7 +205,7 @@ def test_out_overlaps_a_source(tmp_path, place):
     assert listing(tmp_path) == before
 
 
-def test_beside_a_source_is_no_overlap(tmp_path):
+def test_a_sibling_of_the_source_is_no_overlap(tmp_path):
     (tmp_path / "source").mkdir()
     with atomic_directory(
         tmp_path / "source-2", overwrite=False, sources=(tmp_path / "source",)
@@ -213,7 +215,7 @@ def test_beside_a_source_is_no_overlap(tmp_path):
 
 
 def test_out_may_be_a_link(tmp_path):
-    """What it points at is written, and it stays a link."""
+    """Write the directory that it points at; it stays a link."""
     (tmp_path / "disk").mkdir()
     link = tmp_path / "link"
     link.symlink_to(tmp_path / "disk" / "out")

@@ -26,7 +26,9 @@ def test_a_family_without_a_conversion_is_refused_by_its_part():
 
 
 def test_tar_with_an_mmdit_comes_in_and_goes_out_as_the_stock_classes_have_it(tmp_path):
-    """Tar: a directory of `Qwen2ForCausalLM` whose tokenizer has the image tokens, and ta_tok."""
+    """Convert Tar: a directory of `Qwen2ForCausalLM` whose tokenizer has the image tokens, and
+    ta_tok.
+    """
     options = Options(3, "float32", tied=True, named_tokens=True)
     tar = tmp_path / "tar"
     tar.mkdir()

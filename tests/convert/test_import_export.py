@@ -99,7 +99,7 @@ def test_there_and_back(options, tmp_path, monkeypatch):
     assert {key: values.get(key, "nothing") for key in made.config} == made.config
     assert "dtype" not in values and str(tmp_path) not in json.dumps(values)
     assert published.text_ids(tmp_path / "out") == published.text_ids(made.directory)
-    # What was written says it all: without the files beside the source, it is read as the same
+    # What was written says it all: without the other files of the source, it is read as the same
     # model.
     again = open_source(tmp_path / "out")
     assert to_dict(again.config) == to_dict(source.config)
@@ -166,7 +166,7 @@ def test_sharded_over_eight_devices_is_the_same(plain, planned_once, mesh, tmp_p
 
 
 def test_dtypes(plain, tmp_path):
-    """Wider and back is nothing; narrower is what torch makes of it."""
+    """Check that a wider dtype and back changes nothing; a narrower one rounds as torch does."""
     made, _, _ = plain
     wide = open_published(made, dtype="float32")
     assert wide.record.dtypes == () and wide.config.model.ar.param_dtype == "float32"
@@ -192,9 +192,9 @@ def test_dtypes(plain, tmp_path):
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_stock_backbone_with_what_it_lacks_made_anew(tied, tmp_path, monkeypatch):
-    """Qwen3 with more rows than tokens, SANA, and TA-Tok's own file: rows of no token and new ones
-    are the mean of the text's. TA-Tok alone takes pixels in [0, 1], the published layout scaled
-    ones; its buffers say so.
+    """Import Qwen3 with more rows than tokens, SANA, and TA-Tok's own file: rows of no token and
+    new ones are the mean of the text's. TA-Tok alone takes pixels in [0, 1], the published layout
+    scaled ones; its buffers say so.
     """
     options = Options(11, "float32", tied=tied, named_tokens=False)
     text_rows = published.write_text(tmp_path, options)
@@ -278,8 +278,8 @@ def test_a_stock_backbone_with_what_it_lacks_made_anew(tied, tmp_path, monkeypat
 
 
 def test_files_of_settings_come_back(plain, tmp_path):
-    """What is stated in config.json and is nothing to this package, several ends of a turn, and how
-    the source is sampled.
+    """Compare the fields of config.json that this package does not use, several ends of a turn, and
+    how the source is sampled.
     """
     made, _, root = plain
     directory = tmp_path / "model"
@@ -428,7 +428,7 @@ def test_stock_classes_load_the_parts(plain, tmp_path):
 
 
 def test_ta_tok_without_torch_is_one_file_with_its_args(plain, tmp_path, monkeypatch):
-    """And is read as such, file or directory; its args state what the sizes' file does not."""
+    """Read it as such, file or directory; its args state what the sizes' file does not."""
     made, source, root = plain
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "torch", None)
@@ -515,8 +515,8 @@ def once(save):
 
 @pytest.mark.parametrize("limit", [0, 3000])
 def test_no_large_table_is_in_memory_twice(plain, tmp_path, monkeypatch, limit):
-    """The embedding and a head of its own are written some rows at a time, the last time fewer, and
-    none of the padding.
+    """Write the embedding and an untied head some rows at a time, the last time fewer, and none
+    of the padding.
     """
     written = {}
     write = export_tensors.ShardedWriter.write_rows
@@ -585,7 +585,7 @@ def test_averages(plain, trained, tmp_path):
 
 
 def test_the_import_is_a_checkpoint_like_any_other(plain):
-    """`restore_parts` gives the very numbers that were published, padding aside."""
+    """Check that `restore_parts` gives the very numbers that were published, padding aside."""
     made, source, root = plain
     parts = checkpoint.restore_parts(root, tiny.strategy())
     assert set(parts) == set(PREFIXES) - {"latent_connector"}

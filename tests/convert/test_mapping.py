@@ -47,7 +47,7 @@ def test_there_and_back(part, name, rng):
     assert {path: array.shape for path, array in arrays.items()} == mapping.parameter_shapes(
         part, cfg
     )
-    # Values are only moved: all of them are there, beside the padding's zeros.
+    # Values are only moved: all of them are there, and the padding's zeros.
     values = lambda tree: np.sort(np.concatenate([np.ravel(x) for x in tree.values()]))
     assert np.array_equal(values(tensors), (found := values(arrays))[found != 0])
     back = mapping.to_torch(part, cfg, arrays)
@@ -57,7 +57,9 @@ def test_there_and_back(part, name, rng):
 
 
 def test_layouts():
-    """Each puts the number at a torch index where the docstring says; dimensions all differ."""
+    """Check that each puts the number at a torch index where the docstring says; dimensions all
+    differ.
+    """
     w = np.arange(5 * 3 * 2 * 2).reshape(5, 3, 2, 2)
     assert tables.LAYOUTS["conv"].to_jax(w)[1, 0, 2, 4] == w[4, 2, 1, 0]
     assert tables.LAYOUTS["patch"].to_jax(w)[(1 * 2 + 0) * 3 + 2, 4] == w[4, 2, 1, 0]
@@ -78,8 +80,8 @@ def test_layouts():
 
 
 def test_layers_keep_their_order_and_places():
-    """Layer i of the stack is layer i of the stock class; in the VAE's decoder the change of
-    resolution comes first.
+    """Check that layer i of the stack is layer i of the stock class; in the VAE's decoder the
+    change of resolution comes first.
     """
     cfg = VARIANTS["blocks"]
     numbered = lambda part: {
@@ -130,7 +132,7 @@ def test_a_table_that_does_not_fit_the_model_is_found_at_once(monkeypatch):
 
 
 def test_a_group_hands_out_views():
-    """No tensor is copied on its way into the shards."""
+    """Check that no tensor is copied on its way into the shards."""
     group = next(g for g in mapping.groups("ar", VARIANTS["tiny"]) if "q_proj" in g.rule.torch)
     assert isinstance(group, Group) and len(group.tensors) == 2
     tensor = np.zeros(next(iter(group.tensors.values())), np.float32)

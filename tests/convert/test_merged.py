@@ -131,8 +131,8 @@ def test_large_stacks_are_merged_a_layer_at_a_time(trained, exported, tmp_path, 
 
 
 def test_verified(trained, exported, tmp_path):
-    """The outputs compared are those of the network with its factors apart. With another scale it
-    is another model.
+    """Compare outputs: the outputs compared are those of the network with its factors apart. With
+    another scale it is another model.
     """
     place, _, _ = trained
     found = verify.verify(exported[0], place / "run", parts=["ar", "dit"])
@@ -149,7 +149,7 @@ def test_verified(trained, exported, tmp_path):
 
 
 def test_narrow_kernels_are_rounded_once(tmp_path):
-    """From the float32 sum to what is written, which may be wider than they are."""
+    """Round from the float32 sum to what is written, which may be wider than they are."""
     cfg, weights = written(tmp_path, dit={"param_dtype": "bfloat16"})
     want = sums("dit", cfg.model, weights["dit"])
     for dtype in ("", "float32"):
@@ -166,7 +166,7 @@ def test_narrow_kernels_are_rounded_once(tmp_path):
 
 
 def test_images_are_those_of_the_merged_model(trained, exported, tmp_path, monkeypatch):
-    """`load` samples with the factors; without them the images are others."""
+    """Check that `load` samples with the factors; without them the images are others."""
     place, _, _ = trained
     import_weights(open_source(exported[0]), tmp_path / "merged")
     single = tiny.strategy()

@@ -31,7 +31,7 @@ DIFFUSERS = {
     "vae": diffusers.AutoencoderDC,
     "scheduler": diffusers.FlowMatchEulerDiscreteScheduler,
 }
-# As published beside Qwen3-1.7B, before transformers 5.
+# As published with Qwen3-1.7B, before transformers 5.
 QWEN3_17B = {
     "architectures": ["Qwen3ForCausalLM"],
     "attention_bias": False,
@@ -82,7 +82,7 @@ def test_round_trip(name, cfg):
 
 @pytest.mark.parametrize("name", DIFFUSERS)
 def test_diffusers_takes_every_value(name, tmp_path):
-    """Its own file, written from what it made of ours, reads back to the same."""
+    """Check that its own file, written from what it made of ours, reads back to the same."""
     made = DIFFUSERS[name].from_config(conversions.stock_config(name, CFG))
     made.save_config(tmp_path)
     (path,) = tmp_path.iterdir()
@@ -117,7 +117,7 @@ def test_published_forms():
     assert read_stock_config("ar", blip3o, "config.json") == want
     many = QWEN3_17B | {"num_key_value_heads": None}
     assert read_stock_config("ar", many, "config.json").num_key_value_heads == 16
-    # What lies beside the published SANA 1.5, and the flow-matching class makes of it.
+    # What is published with SANA 1.5, and the flow-matching class makes of it.
     dpm = {
         "_class_name": "DPMSolverMultistepScheduler",
         "flow_shift": 3.0,
@@ -144,8 +144,8 @@ def test_published_forms():
 
 @pytest.mark.parametrize("name", READERS)
 def test_every_stock_field_is_decided(name):
-    """A field that a newer release adds must be put into one of the tables; defaults are the stock
-    class's.
+    """Require that a field that a newer release adds is put into one of the tables; defaults are
+    the stock class's.
     """
     _, layout = READERS[name]
     if name == "ar":
@@ -275,6 +275,6 @@ def test_unknown_part():
 
 
 def test_needs_no_torch():
-    """Exporting runs without the extra [convert]."""
+    """Export without the extra [convert]."""
     source = Path(stock.__file__).read_text(encoding="utf-8")
     assert not any(f"import {name}" in source for name in ("torch", "transformers", "diffusers"))

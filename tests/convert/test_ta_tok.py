@@ -14,7 +14,7 @@ from blip3o_jax.demo import recipe
 from tests import tiny
 
 PUBLISHED = TaTokConfig()
-# As beside the published weights, what belongs to training included.
+# As published with the weights, arguments of training included.
 ARGS = {
     "bottleneck": {
         "name": "bottleneck",
@@ -218,8 +218,8 @@ CONFIGS = {
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_there_and_back(tmp_path, name):
-    """Args and file as an export writes them state the tokenizer whole, patches of another size
-    included.
+    """Check that args and file as an export writes them state the tokenizer whole, patches of
+    another size included.
     """
     cfg = CONFIGS[name]
     computed_in = dataclasses.replace(PUBLISHED, dtype=cfg.dtype, param_dtype=cfg.param_dtype)

@@ -27,7 +27,7 @@ from blip3o_jax.text.vocabulary import Vocabulary
 from tests.text.test_tokenizers import CAPTIONS, TEXTS, write_bpe
 
 IMAGE_TOKENS = ["<im_start>", "<im_end>", "<S0>", "<S1>", "<S2>", *(f"<I{i}>" for i in range(6))]
-MODEL_TYPES = ["qwen3", "blip3o_qwen"]  # what config.json beside the files says
+MODEL_TYPES = ["qwen3", "blip3o_qwen"]  # what the config.json of the directory says
 FRAGMENTS = [
     "a",
     "red",
@@ -258,7 +258,9 @@ def check_only_its_own_file(tokenizer, out, why):
 
 
 def test_bpe_whose_ids_hugging_face_does_not_keep(tmp_path):
-    """The tokenizers library numbers added tokens one after another, whatever the file says."""
+    """Refuse it: the tokenizers library numbers added tokens one after another, whatever the
+    file says.
+    """
     contents = json.loads((write_bpe(tmp_path) / "tokenizer.json").read_text())
     first = contents["added_tokens"][0]["id"]
     for token in contents["added_tokens"]:

@@ -63,7 +63,7 @@ def spelled(made, key):
 
 
 def test_a_whole_directory(made, monkeypatch):
-    """Also where this package reads every tensor wrong."""
+    """Find a difference also where this package reads every tensor wrong."""
     source = open_source(made.directory, **made.arguments)
     wrong = {
         part: {
@@ -78,8 +78,9 @@ def test_a_whole_directory(made, monkeypatch):
 
 
 def test_torch_files_and_wrappers(made, tmp_path):
-    """torch.save's files; names of a model that was compiled, and of one that was trained on many
-    devices."""
+    """Read torch.save's files; names of a model that was compiled, and of one that was trained
+    on many devices.
+    """
     shutil.copytree(
         made.directory,
         tmp_path,
@@ -100,8 +101,9 @@ def test_torch_files_and_wrappers(made, tmp_path):
 
 @pytest.mark.parametrize("wrap", ["", "module._orig_mod."])
 def test_the_directories_of_the_parts(made, tmp_path, wrap):
-    """A part's own directory by its stock class, or with wrapped names by its files, over which the
-    whole directory's tensors are laid; TA-Tok by torch.load."""
+    """Load a part's own directory by its stock class, or with wrapped names by its files, over
+    which the whole directory's tensors are laid; TA-Tok by torch.load.
+    """
     options = Options(99, shards=2, qk_norm=made.model.dit.qk_norm is not None)
     other = published.write_diffusion(tmp_path / "sana", made.model, options)
     for part, folder in (("dit", "transformer"), ("vae", "vae")) if wrap else ():
@@ -151,8 +153,8 @@ def test_what_pytorch_does_not_load(made, tmp_path):
         assert "\n" not in str(error.value)
 
 
-def test_a_stale_index_beside_the_file(made, tmp_path):
-    """PyTorch reads the single file; so does the import."""
+def test_a_stale_index_next_to_the_single_file(made, tmp_path):
+    """Read the single file, as PyTorch does."""
     shutil.copytree(
         made.directory, tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors*")
     )
@@ -165,7 +167,7 @@ def test_a_stale_index_beside_the_file(made, tmp_path):
     )
     assert any("model.safetensors.index.json is not" in note for note in source.notes)
     loaded(source, made)
-    # A file that lacks a tensor is told with the one beside it.
+    # A file that lacks a tensor is reported with the other file of its directory.
     published.save(tmp_path / "model", "model", {k: x for k, x in made.tensors.items() if k != key})
     with pytest.raises(
         UserError, match=r"model\.norm\.weight is missing .*index\.json is not: delete"
@@ -174,8 +176,9 @@ def test_a_stale_index_beside_the_file(made, tmp_path):
 
 
 def test_variants_of_the_diffusers_directory(made, tmp_path):
-    """As the bfloat16 SANA is published: of one part default shards and a bf16 file, of the other
-    that alone."""
+    """Read a directory as the bfloat16 SANA is published: of one part default shards and a bf16
+    file, of the other that alone.
+    """
     sana = tmp_path / "sana"
     published.write_diffusion(sana, made.model, None)
     parts = {}

@@ -104,7 +104,7 @@ def test_published_keys(name):
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_parameter_counts_at_published_size(tied):
-    """As many as the JAX parts have, but for the AR's padding."""
+    """Count as many as the JAX parts have, but for the AR's padding."""
     cfg = config.ModelConfig(ar=config.Qwen3Config(tie_word_embeddings=tied))
     state = nnx.eval_shape(lambda: nnx.state(blip3o.Blip3o(cfg, PUBLISHED_PARTS, seed=0)))
     padding = (
@@ -236,7 +236,9 @@ def test_packed_rows_are_rows_apart(implementation):
 
 
 def test_joint_loss_row_by_row():
-    """Prompts of two lengths, two draws of noise each, the second row without its condition."""
+    """Compare prompts of two lengths, two draws of noise each, the second row without its
+    condition.
+    """
     found, size = model(), MODEL.latent_size
     prompts = [row(6, 1), row(9, 2)]
     torch.manual_seed(3)
@@ -309,8 +311,8 @@ def test_joint_loss_gradients_reach_the_ar():
 
 @pytest.mark.parametrize("guidance", [1.0, 2.5])
 def test_prompts_of_different_lengths_do_not_disturb_each_other(guidance):
-    """Greedy ids and hidden states of a padded batch are those of each prompt alone, in a loop
-    without cache.
+    """Check that greedy ids and hidden states of a padded batch are those of each prompt alone, in
+    a loop without cache.
     """
     found = model()
     settings = config.SamplingConfig(temperature=0, token_guidance=guidance)
@@ -333,7 +335,7 @@ def test_prompts_of_different_lengths_do_not_disturb_each_other(guidance):
 
 
 def test_drawn_ids_follow_the_truncated_distribution():
-    """First tokens of 4000 copies of a prompt; standard error at most 0.008."""
+    """Count the first tokens of 4000 copies of a prompt; standard error at most 0.008."""
     found = model()
     settings = config.SamplingConfig(temperature=1.5, top_k=6, top_p=0.8)
     prompt = row(3, 1)
@@ -402,8 +404,8 @@ def test_text_to_image():
 
 
 def test_bfloat16():
-    """Weights of half the size, as the benchmark has them: losses near those of float32, and an
-    image.
+    """Load weights of half the size, as the benchmark has them: losses near those of float32,
+    and an image.
     """
     found = copy.deepcopy(model()).to(torch.bfloat16)
     torch.manual_seed(0)

@@ -150,7 +150,7 @@ def test_every_tensor_is_compared(same, directories):
 
 @pytest.mark.parametrize("name", ALTERED)
 def test_an_altered_element_is_found(altered, name):
-    """By its tensor, by the outputs it reaches and by the layer it is in."""
+    """Find it by its tensor, by the outputs it reaches and by the layer it is in."""
     tensors, layers = ALTERED[name]
     found = part(altered, name)
     assert not altered.ok and not found.ok
@@ -170,8 +170,8 @@ def test_an_altered_element_is_found(altered, name):
 def test_a_fault_in_the_table_itself_shows_in_the_outputs(
     trained, directories, tmp_path, monkeypatch
 ):
-    """Imported and compared by the same wrong table all weights agree; PyTorch's model is not
-    filled by it.
+    """Find it although imported and compared by the same wrong table all weights agree; PyTorch's
+    model is not filled by it.
     """
     table, exchanged = mapping.rules, {"gate": "up", "up": "gate"}
 
@@ -200,7 +200,7 @@ def test_a_fault_in_the_table_itself_shows_in_the_outputs(
 
 
 def test_a_fault_in_the_reader_itself_shows_in_the_weights(directories, tmp_path, monkeypatch):
-    """Imported from stale shards, which PyTorch does not read beside a single file."""
+    """Import from stale shards, which PyTorch does not read where there is a single file."""
     stale = shutil.copytree(directories[0], tmp_path / "torch")
     tensors = load_file(stale / "model.safetensors")
     connector = {name: 2 * x for name, x in tensors.items() if "diffusion_connector" in name}
@@ -232,8 +232,8 @@ def test_only_the_parts_that_are_named_and_settings_that_differ(directories, tmp
 
 
 def test_weights_are_compared_in_the_wider_dtype(trained, directories, tmp_path):
-    """A checkpoint in float32 is not the bfloat16 files it was not made from, and the other way
-    round; it is said which is which.
+    """Check that a checkpoint in float32 is not the bfloat16 files it was not made from, and the
+    other way round; it is said which is which.
     """
     cfg, tokenizer, weights = trained
     narrow = dataclasses.replace(cfg.model.connector, param_dtype="bfloat16")
@@ -274,9 +274,7 @@ def test_weights_are_compared_in_the_wider_dtype(trained, directories, tmp_path)
 
 
 def test_the_demo_is_exported_and_is_the_same_model(tmp_path):
-    """Its connector knows the places of the codes and its DiT those of the latents, which no
-    published model does.
-    """
+    """Export position embeddings in the connector and in the DiT, which no published model does."""
     model = list(recipe("", "", fast=True).values())[-1].model
     assert (
         model.connector.positions

@@ -76,8 +76,9 @@ def value_there(directory, library, variant=""):
 
 @pytest.mark.parametrize("library", LIBRARIES)
 def test_the_file_that_the_library_reads_is_read(tmp_path, library, recwarn):
-    """For every set of files in which a model may lie, single, in shards, by PyTorch or
-    safetensors."""
+    """Check it for every set of files in which a model may lie, single, in shards, by PyTorch or
+    safetensors.
+    """
     key = LIBRARIES[library][2]
     values = write_all(tmp_path, library)
     for count in range(1, len(values) + 1):
@@ -96,8 +97,9 @@ def test_the_file_that_the_library_reads_is_read(tmp_path, library, recwarn):
 
 @pytest.mark.parametrize("library", LIBRARIES)
 def test_variants(tmp_path, library, recwarn):
-    """The default one unless another is asked for; one that is there alone is read, which is
-    said."""
+    """Read the default one unless --variant names another; a single other one is read, with a
+    message.
+    """
     key = LIBRARIES[library][2]
     values = write_all(tmp_path, library, ("", "bf16"))
     for variant in ("", "bf16"):
@@ -143,7 +145,7 @@ def test_names(tmp_path, name, variant):
 
 
 def test_the_file_that_config_json_names(tmp_path):
-    """transformers reads it before all others."""
+    """Read it before all others, as transformers does."""
     write_all(tmp_path, "transformers")
     key = "model.norm.weight"
     tensors = safetensors.torch.load_file(tmp_path / "model.safetensors") | {
@@ -174,7 +176,7 @@ def refused(directory, *words):
 
 
 def test_weights_that_were_not_fetched(tmp_path):
-    """What clones without Git LFS and git-annex hold, in one file and as a shard."""
+    """Refuse what clones without Git LFS and git-annex hold, in one file and as a shard."""
     lfs = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
     annex = "/annex/objects/SHA256E-s12345--4d7a.safetensors\n"
     single, shard = tmp_path / "model.safetensors", tmp_path / "model-00001-of-00001.safetensors"
@@ -207,7 +209,7 @@ def test_weights_that_were_not_fetched(tmp_path):
 
 
 def test_shards_that_the_index_does_not_name(tmp_path):
-    """Are not read, as in PyTorch, which is said; those of a variant are its own index's."""
+    """Skip them, as PyTorch does, with a message; those of a variant are its own index's."""
     published.save(tmp_path, "model", {"a": torch.ones(1), "b": torch.ones(1)}, 2)
     assert read_weights(tmp_path)[1].notes == ()
     published.save(tmp_path, "model-00003-of-00003", {"c": torch.ones(1)})
@@ -221,7 +223,7 @@ def test_shards_that_the_index_does_not_name(tmp_path):
 
 
 def test_an_adapter_is_no_model(tmp_path):
-    """PyTorch would read the weights of the model that it names."""
+    """Refuse it: PyTorch would read the weights of the model that it names."""
     (tmp_path / "adapter_config.json").write_text("{}")
     (tmp_path / "model.safetensors").touch()
     refused(

@@ -33,7 +33,9 @@ def test_wrappers_are_removed(wrap):
 
 
 def test_the_names_that_pytorch_gives():
-    """torch.compile's as its module writes them down: to compile takes seconds."""
+    """Compare with PyTorch; torch.compile's as its module spells them, since compiling takes
+    seconds.
+    """
     model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.ReLU())
     names = list(torch.nn.DataParallel(model).state_dict())
     assert list(unwrapped_names(names).values()) == list(model.state_dict()) != names

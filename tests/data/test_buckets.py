@@ -93,7 +93,7 @@ def test_sizes_that_cannot_be(buckets, message):
 
 
 def test_views_are_cut_to_the_shape_and_never_stretched():
-    """But for the tokenizer's, which is the same part squashed to a square."""
+    """Exempt the tokenizer's view, which is the same part squashed to a square."""
     image = np.zeros((40, 100, 3), np.uint8)
     image[:, 20:80] = np.arange(60)[None, :, None] * 4  # the part that a ratio of 3:2 keeps
     pixels, seen = images.views(image, (16, 24), 16, "shared")
@@ -124,7 +124,9 @@ def test_the_shape_is_that_of_the_upright_image():
 
 
 def test_batches_have_one_shape_each_and_every_record_its_turn(tmp_path):
-    """In the shares that the shapes have; the same on one host and on two, and after resuming."""
+    """Sample shapes by their fractions of the records; the same on one host and on two, and
+    after resuming.
+    """
     cfg = run_config(write(tmp_path / "d", SHAPES), data={"batch_size": 4})
     groups = by_shape(open_mixture(cfg.data), cfg.model)
     assert [
@@ -175,7 +177,7 @@ def test_which_record_has_which_shape_is_looked_at_once(tmp_path, monkeypatch):
 
 
 def test_an_image_of_zero_bytes_is_of_the_first_shape(tmp_path):
-    """That it cannot be read is for the loader to say."""
+    """Leave the error to the loader."""
     folder = write(tmp_path / "d", SHAPES)
     (folder / "0.png").write_bytes(b"")
     (folder / "2.png").write_bytes(b"")
@@ -185,7 +187,9 @@ def test_an_image_of_zero_bytes_is_of_the_first_shape(tmp_path):
 
 
 def test_what_is_cached_of_a_shape_is_of_the_same_records(tmp_path):
-    """A further size takes some of the records of another: the rest is not what it was."""
+    """Check that a further size takes some of the records of another: the rest is not what it
+    was.
+    """
     cfg = run_config(write(tmp_path / "d", SHAPES))
     names = []
     for buckets in ((WIDE, HIGH), (HIGH, WIDE), (WIDE, HIGH, (16, 16)), (WIDE, HIGH, (36, 56))):
@@ -197,8 +201,8 @@ def test_what_is_cached_of_a_shape_is_of_the_same_records(tmp_path):
 
 
 def test_both_shapes_train_cache_edit_and_decode(tmp_path):
-    """A run from the encoders' cache has the losses of one that encodes; what is edited has the
-    shape of what is shown.
+    """Check that a run from the encoders' cache has the losses of one that encodes; what is edited
+    has the shape of what is shown.
     """
     folder, losses = write(tmp_path / "d", SHAPES), []
     for cache_dir in ("", str(tmp_path / "cache")):

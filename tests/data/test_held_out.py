@@ -47,7 +47,7 @@ def test_case_and_space_do_not_make_another_caption():
 
 
 def test_a_reconstruction_source_has_the_images_of_its_side(folder):
-    """Where captions are dropped, the split is by the captions that were there."""
+    """Split by the captions that were there before they were dropped."""
     data = DataConfig(
         sources=(SourceConfig(str(folder)), SourceConfig(str(folder), task="reconstruct")),
         held_out=0.2,

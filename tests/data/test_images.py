@@ -130,7 +130,7 @@ def test_shared_views_show_the_same_centre_square(shape: tuple[int, int]) -> Non
     assert tokenizer_pixels.shape == (16, 16, 3)
     side = min(shape)
     for view in (pixels, tokenizer_pixels):
-        # Linear in the position: the mean tells the centre of what is seen, the slope its extent.
+        # Linear in the position: the mean gives the centre of the crop, the slope its extent.
         centre = [view[..., 0].mean() / 2, view[..., 1].mean() / 2]
         np.testing.assert_allclose(centre, [(shape[0] - 1) / 2, (shape[1] - 1) / 2], atol=0.6)
         middle = view[4:-4, 4:-4].astype(float)  # off the border, where the kernel is cut
@@ -190,7 +190,7 @@ def test_a_png_turned_by_its_xmp_stays_so() -> None:
     "kind", ["EPS", "PDF", "PPM", "ICO", "PCX", "TGA", "SGI", "ICNS", "JPEG2000"]
 )
 def test_no_other_decoder_is_started(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An EPS named .png runs Ghostscript where Pillow may choose."""
+    """Refuse an EPS named .png runs Ghostscript where Pillow may choose."""
     data = encode(Image.new("RGB", (64, 64)), kind)
     monkeypatch.setattr(
         Image, "open", lambda *args, **kwargs: pytest.fail("Pillow chooses the decoder")
@@ -291,4 +291,4 @@ def test_a_file_that_a_user_names_is_one_picture_or_one_line(tmp_path, recwarn) 
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(UserError, match="pipe is a pipe or a device"):
         load(tmp_path / "pipe")
-    assert not recwarn.list, "one line, and no warning of Pillow's beside it"
+    assert not recwarn.list, "one line, and no warning of Pillow's"

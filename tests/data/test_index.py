@@ -113,7 +113,7 @@ def files(path: pathlib.Path) -> list[pathlib.Path]:
 def test_a_wrong_format_is_refused_without_a_word_on_the_index(
     tmp_path: pathlib.Path, capsys
 ) -> None:
-    """The index that is there is sound: it is of the data's own format."""
+    """Leave the index out of the message: it is sound, and of the data's own format."""
     opened(tar(tmp_path / "a"))
     capsys.readouterr()
     with pytest.raises(UserError, match=r"0.tar: not a readable parquet file .* set data.format"):
@@ -148,7 +148,7 @@ def test_a_copy_is_the_same_data_with_its_index_or_without(
 
 @pytest.mark.parametrize("write", FORMATS)
 def test_equal_names_sizes_and_times_are_not_the_same_data(tmp_path: pathlib.Path, write) -> None:
-    """They shared the encoders' cache and the file of shapes."""
+    """Give them different digests: they once shared the encoders' cache and the file of shapes."""
     both = []
     for n, value in enumerate((0, 100)):
         path = write(tmp_path / "ab"[n], value)
@@ -219,33 +219,33 @@ def test_a_record_that_changed_is_bad_until_the_set_is_indexed_anew(
 def test_the_command_names_what_cannot_be_used(
     tmp_path: pathlib.Path, write, name, capsys, monkeypatch
 ) -> None:
-    """The header of the second picture is sound, and its pixels are cut off."""
+    """Name a picture whose header is sound and whose pixels are cut off."""
     whole = picture
     cut = whole(41)[:60]
     monkeypatch.setitem(globals(), "picture", lambda value: cut if value == 41 else whole(value))
     path = write(tmp_path / "a")
     for again in (False, True):
         assert cli.main(["data", "index", str(path)]) == 0
-        told = capsys.readouterr().out
-        assert re.search(rf"{name}: the image cannot be decoded: .+\n", told), told
-        assert told.count("cannot be decoded") == 1
-        assert "3 records, 2 of them usable, digest" in told
+        output = capsys.readouterr().out
+        assert re.search(rf"{name}: the image cannot be decoded: .+\n", output), output
+        assert output.count("cannot be decoded") == 1
+        assert "3 records, 2 of them usable, digest" in output
         # All of a folder is read again.
-        assert ("1 of 1 shards" in told) == (again and write is not folder)
+        assert ("1 of 1 shards" in output) == (again and write is not folder)
     assert cli.main(["data", "index", str(path), "--no_decode"]) == 0
     assert "3 records, digest" in capsys.readouterr().out
     if write is folder:
         (path / "1.png").unlink()
         assert cli.main(["data", "index", str(path)]) == 0
-        told = capsys.readouterr().out
-        assert "1 that cannot be read (1.png, line 2 first in" in told
-        assert "1.png: the image cannot be read: No such file" in told
+        output = capsys.readouterr().out
+        assert "1 that cannot be read (1.png, line 2 first in" in output
+        assert "1.png: the image cannot be read: No such file" in output
 
 
 def test_a_change_of_size_or_of_captions_is_seen_at_opening(tmp_path: pathlib.Path, capsys) -> None:
     path = tar(tmp_path / "a")
     first = opened(path).fingerprint
-    replace(path, b"caption 1", b"caption 7")  # of a small shard the time of change tells it
+    replace(path, b"caption 1", b"caption 7")  # a small shard is recognised by its time of change
     second = opened(path).fingerprint
     assert (
         f"{path}: rebuilt the index: {path}/0.tar changed without another size"
@@ -274,11 +274,12 @@ def test_a_change_of_size_or_of_captions_is_seen_at_opening(tmp_path: pathlib.Pa
     assert opened(path, rebuild=index_builder.ALL).fingerprint not in (first, lacking.fingerprint)
 
 
-def test_shapes_and_buckets_are_told_apart_by_content(
+def test_shapes_and_buckets_are_distinguished_by_content(
     tmp_path: pathlib.Path, cache: pathlib.Path
 ) -> None:
-    """One set is wide where the other is high: the file of shapes of the first is none for the
-    second."""
+    """Open two sets, of which one is wide where the other is high: the file of shapes of the first
+    is none for the second.
+    """
     config = tiny.run_config(model={"buckets": (WIDE, HIGH)})
     found = []
     for name, shape in (("a", (20, 30)), ("b", (30, 20))):

@@ -166,7 +166,7 @@ def test_too_many_bad_records_stop_the_run() -> None:
     ):
         for _ in range(200):
             next(many)
-    # A small set is judged after one pass, and none at all may mean none.
+    # A small set is checked after one pass, and none at all may mean none.
     small = make([(Numbers("a", 16, bad=(3,)), 1.0)], max_bad_fraction=0.01)
     with pytest.raises(BadRecordLimit, match=r"a.tar: k3: broken"):
         for _ in range(3):
@@ -196,7 +196,7 @@ def too_long_at(record: Record) -> dict[str, np.ndarray]:
 
 
 def test_a_row_that_is_too_long_is_skipped_and_counted_and_never_ends_the_run(caplog) -> None:
-    """A quarter of the records, where none may be bad. The count goes on after a resume."""
+    """Skip a quarter of the records, where none may be bad. The count goes on after a resume."""
     loader = make(
         [(Numbers("a", 400), 1.0)], transform=too_long_at, shuffle=False, max_bad_fraction=0.0
     )
@@ -285,7 +285,7 @@ def number(record: Record) -> dict[str, np.ndarray]:
 
 
 def test_whatever_one_record_raises_is_skipped_with_its_place(caplog) -> None:
-    """In a worker process: reports cross it."""
+    """Raise it in a worker process, from which reports cross to the parent."""
     errors = [
         UnicodeEncodeError("utf-8", "\ud83c", 0, 1, "surrogates not allowed"),
         RecursionError("too deep"),
@@ -345,7 +345,7 @@ def test_a_damaged_stretch_of_a_large_set_does_not_end_the_search() -> None:
 
 
 def test_the_search_comes_to_no_record_twice() -> None:
-    """Of 170, steps of round(0.618 * 170) = 105 from 0 come to multiples of 5 alone."""
+    """Search 170 records: steps of round(0.618 * 170) = 105 from 0 come to multiples of 5 alone."""
     bad = (*range(16), *range(0, 170, 5))
     loader = make([(Numbers("a", 170, bad=bad), 1.0)], shuffle=False)
     assert next(loader)["number"][0] not in bad

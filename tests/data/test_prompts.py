@@ -98,7 +98,7 @@ def test_a_prompt_need_not_have_a_category(tmp_path):
         ('{"prompt": 3}', "prompts.jsonl:1 has no text"),
     ],
 )
-def test_mistakes_are_told_with_their_place(tmp_path, text, message):
+def test_mistakes_are_reported_with_their_line(tmp_path, text, message):
     with pytest.raises(UserError) as e:
         read_prompts(write(tmp_path, text))
     assert message in str(e.value) and "\n" not in str(e.value)
@@ -133,7 +133,7 @@ TSV = (
 
 @pytest.mark.parametrize("name", ["PartiPrompts.tsv", "prompts.txt", "prompts"])
 def test_a_table_with_tabs_as_partiprompts(tmp_path, name):
-    """Its quotes are text."""
+    """Read its quotes as text."""
     cat, paint = read_prompts(write(tmp_path, "\ufeff" + TSV.replace("\n", "\r\n"), name))
     assert cat == Prompt(
         "a red cat",

@@ -353,7 +353,7 @@ def test_rows_of_tasks_that_cannot_be(vocab):
 
 
 def test_examples_follow_each_other_in_a_row(vocab):
-    """With their own positions and segments; spans move with them, those of nothing stay 0."""
+    """Check their own positions and segments; spans move with them, those of nothing stay 0."""
     rows = [
         tasks_row(vocab, "edit", "x"),
         tasks_row(vocab, "understand", "how many?", "two"),

@@ -8,7 +8,7 @@ from tests import tiny
 
 
 def test_stages_of_any_name_have_the_curves_of_their_kind(tmp_path):
-    """A single config is named "", and the names of a recipe's stages are free."""
+    """Name a single config "" and stages of a recipe freely."""
     config = tiny.run_config()
     for name in ("", "second"):
         directory = chain.stage_directory(tmp_path, name)
@@ -26,8 +26,7 @@ def test_stages_of_any_name_have_the_curves_of_their_kind(tmp_path):
 
 
 def test_a_later_start_reports_what_each_part_took(tmp_path, monkeypatch):
-    """A finished demonstration that is started again has little to do; its report does not say
-    that this little is what it takes."""
+    """Start a finished demonstration again: the report has the seconds of the first start."""
     now = [0.0]
     monkeypatch.setattr(chain.time, "monotonic", lambda: now[0])
 

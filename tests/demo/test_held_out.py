@@ -36,7 +36,7 @@ def write_pictures(folder: pathlib.Path) -> pathlib.Path:
 
 
 @pytest.mark.slow
-def test_held_out_captions_are_drawn_beside_the_nearest_training_picture(tmp_path, capsys):
+def test_held_out_samples_are_compared_with_the_nearest_training_picture(tmp_path, capsys):
     folder = write_pictures(tmp_path / "pictures")
     config = f"--config={ROOT}/configs/own.py:{folder}"
     assert cli.main(["demo", config, f"--workdir={tmp_path}/run", "--fast"]) == 0

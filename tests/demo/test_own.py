@@ -90,21 +90,21 @@ def test_the_page_has_the_number_of_pictures():
     assert f"| {own.MIN_RECORDS} to" in page and f"## {own.MIN_RECORDS} pictures or more" in page
 
 
-def test_what_is_left_out_is_told(tmp_path, capsys):
+def test_records_left_out_are_reported(tmp_path, capsys):
     folder = tiny.write_data(tmp_path / "images", CAPTIONS[:240])
     lines = (folder / "captions.jsonl").read_text().splitlines()
     (folder / "captions.jsonl").write_text("\n".join([*lines[:210], *["[]"] * 5]))
-    told = r"5 records cannot be read \(first .*line 211: the JSON is not an object\)"
+    message = r"5 records cannot be read \(first .*line 211: the JSON is not an object\)"
     own.recipe(str(folder), TWO_CORES)
-    assert re.search(told, capsys.readouterr().err)
+    assert re.search(message, capsys.readouterr().err)
     (folder / "captions.jsonl").write_text("\n".join([*lines[:9], *["[]"] * 5]))
-    told = told.replace("211", "10")
-    with pytest.raises(UserError, match=f"{folder}: 9 captioned pictures are too few.*{told}"):
+    message = message.replace("211", "10")
+    with pytest.raises(UserError, match=f"{folder}: 9 captioned pictures are too few.*{message}"):
         own.recipe(str(folder), TWO_CORES)
 
 
 def test_linked_pictures_have_advice_that_the_recipe_can_follow(tmp_path):
-    """The pictures are read before data.images of the command line is."""
+    """Check that the pictures are read before data.images of the command line is."""
     folder = tiny.write_data(tmp_path / "images", CAPTIONS[:3])
     for path in folder.glob("*.png"):
         path.rename(tmp_path / path.name)

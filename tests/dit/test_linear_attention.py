@@ -23,7 +23,9 @@ def test_a_row_that_attends_to_nothing_is_zero_and_has_finite_gradients(rng):
 
 
 def test_sums_over_many_tokens_are_exact_in_bfloat16(rng):
-    """All keys and queries 1: the mean of the values. A sum in bfloat16 stands still at 256."""
+    """Set all keys and queries to 1: the output is the mean of the values. A sum in bfloat16 stands
+    still at 256.
+    """
     ones = jnp.ones((1, 4096, 1, 8), jnp.bfloat16)
     v = jnp.asarray(rng.uniform(1, 2, size=ones.shape), jnp.bfloat16)
     got = relu_linear_attention(ones, ones, v)

@@ -1,4 +1,4 @@
-"""MMDiT beside `diffusers.SD3Transformer2DModel`, and in the joint loss and the sampler."""
+"""Compare MMDiT with `diffusers.SD3Transformer2DModel`, and in the joint loss and the sampler."""
 
 import dataclasses
 
@@ -53,7 +53,7 @@ def torch_model(cfg: config.MMDiTConfig) -> diffusers.SD3Transformer2DModel:
 
 @pytest.mark.parametrize("qk_norm", ["rms_norm", None])
 def test_velocity_equals_diffusers(qk_norm, rng):
-    """A map higher than wide, in the middle of the table of positions."""
+    """Compare on a map higher than wide, in the middle of the table of positions."""
     cfg = dataclasses.replace(CFG, qk_norm=qk_norm)
     reference = torch_model(cfg)
     model = stock_weights.jax_model(reference, cfg)
@@ -92,8 +92,8 @@ def test_masked_tokens_and_empty_reference_slots_change_nothing(rng):
 
 
 def test_it_learns_through_the_joint_loss_and_is_sampled(rng):
-    """The joint stage as it stands, with another family in its place: the caption parts, the
-    connector and the AR train, and the loss on one batch falls.
+    """Run the joint stage with another family of diffusion head: the caption parts, the connector
+    and the AR train, and the loss on one batch falls.
     """
     base = tiny.model()
     dit = dataclasses.replace(

@@ -93,8 +93,8 @@ def test_without_a_null_condition_there_is_no_guidance(pair, rng):
 
 
 def test_two_guidances_are_a_sum_of_three_velocities(pair, rng):
-    """InstructPix2Pix (arXiv 2211.09800), equation 3, by the stock model; equal scales are one
-    guidance.
+    """Compare with InstructPix2Pix (arXiv 2211.09800), equation 3, by the stock model; equal scales
+    are one guidance.
     """
     torch_model, dit = pair
     condition, uncond, noise = draw(rng)

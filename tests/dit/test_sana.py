@@ -225,8 +225,8 @@ def test_patches_that_do_not_fit_are_an_error():
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_references_beside_the_noise_match_diffusers_on_the_wide_map(name, rng):
-    """The stock class on maps put together by hand, cut by hand."""
+def test_references_concatenated_to_the_noise_match_diffusers_on_the_wide_map(name, rng):
+    """Compare with the stock class on maps concatenated and cut by hand."""
     cfg = VARIANTS[name]
     if cfg.interpolation_scale is not None:
         pytest.skip("the stock class counts positions over the whole wide map")
@@ -245,8 +245,8 @@ def test_references_beside_the_noise_match_diffusers_on_the_wide_map(name, rng):
 
 @pytest.mark.parametrize("name", ["qk_norm", "patch2", "positions"])
 def test_a_place_without_a_reference_is_not_there(name, rng):
-    """Rows with one, none and two references in one batch: each as it is alone on a map of its own
-    width.
+    """Compare rows with one, none and two references in one batch: each as it is alone on a map of
+    its own width.
     """
     cfg = VARIANTS[name]
     model = stock_weights.jax_model(torch_weights.torch_model(cfg), cfg)

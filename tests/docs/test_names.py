@@ -7,7 +7,7 @@ import pytest
 from tests.docs.pages import PAGES, ROOT, titled
 from tests.docs.test_settings_page import settings_page
 
-# A directory may be left out of a file's name beside another file of the same directory.
+# A directory may be left out of a file's name next to another file of the same directory.
 SOURCE_FILES = {path.name for path in ROOT.rglob("*.py")}
 SOURCES = sorted(path for path in ROOT.joinpath("blip3o_jax").rglob("*.py"))
 # Files of other projects, and names that stand for any file.

@@ -43,8 +43,8 @@ def test_loss_by_hand():
 
 
 def test_repeated_captions_are_no_negatives():
-    """With the two captions marked as equal, only the diagonal is left, and either caption is the
-    right one.
+    """Mark two captions as equal: only the diagonal is left, and either caption is the right
+    one.
     """
     loss, metrics = sigmoid_loss(IMAGE, TEXT, jnp.log(2.0), jnp.array(-1.0), jnp.ones((2, 2), bool))
     np.testing.assert_allclose(loss, (softplus(-0.2) + softplus(1.0)) / 2, rtol=1e-6)
@@ -96,8 +96,8 @@ def test_padding_is_not_seen_and_order_is(tower):
 
 
 def test_attends_both_ways(tower):
-    """The first token's embedding changes the last position's output and the reverse: no causal
-    mask.
+    """Check that the first token's embedding changes the last position's output and the reverse: no
+    causal mask.
     """
     tokens, mask = jnp.array([[3, 4, 5]]), jnp.ones((1, 3), bool)
     jacobian = jax.jacobian(lambda x: tower.encoder(x, mask))(tower.token_embedding[...][tokens])

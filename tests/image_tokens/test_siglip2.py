@@ -77,8 +77,8 @@ def test_hidden_states(pair, select_layer):
 
 @pytest.mark.parametrize("remat", ["none", "full"])
 def test_gradients(pair, remat):
-    """Of one scalar over both outputs, for every parameter; the same with the layers computed
-    twice.
+    """Compare those of one scalar over both outputs, for every parameter; the same with the layers
+    computed twice.
     """
     oracle, model, x_BHWC = pair
     rng = np.random.default_rng(2)
@@ -115,8 +115,8 @@ def test_gradients(pair, remat):
 
 
 def test_gradient_stops_at_the_selected_layer(pair):
-    """Layers past `select_layer` take no part, the others do, and their gradient is that of the
-    stock class.
+    """Check that layers past `select_layer` take no part, the others do, and their gradient is that
+    of the stock class.
     """
     oracle, model, x_BHWC = pair
     oracle.zero_grad()

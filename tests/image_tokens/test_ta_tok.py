@@ -140,7 +140,9 @@ def test_training_terms_and_gradients(pair, x_BHWC):
 
 
 def test_lookup_in_chunks(pair, monkeypatch):
-    """Few tokens at a time, as a large codebook is searched: indices, terms and gradients stay."""
+    """Look up few tokens at a time, as a large codebook is searched: indices, terms and
+    gradients stay.
+    """
     _, model = pair
     graphdef, state = nnx.split(model.bottleneck.codebook)
     z_BND = np.random.default_rng(0).normal(size=(3, 49, CFG.bottleneck_dim))
@@ -162,7 +164,9 @@ def test_lookup_in_chunks(pair, monkeypatch):
 
 
 def test_stochastic_mode_draws_from_the_softmax():
-    """Frequencies of 2 x 4000 draws of one vector against p = softmax(s / temperature)."""
+    """Compare the frequencies of 2 x 4000 draws of one vector against p = softmax(s /
+    temperature).
+    """
     codebook = simvq.SimVq(
         6,
         4,
@@ -188,7 +192,7 @@ def test_stochastic_mode_draws_from_the_softmax():
 
 
 def test_entropy_term_revives_dead_codes():
-    """What is coded lies on one side of the sphere, most codes on the other: descending the entropy
+    """Put the inputs on one side of the sphere and most codes on the other: descending the entropy
     term alone uses them.
     """
     codebook = simvq.SimVq(

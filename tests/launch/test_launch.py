@@ -125,10 +125,10 @@ def test_machines_are_given_back_when_the_launcher_is_stopped(tmp_path, number, 
 
 
 @pytest.mark.parametrize(
-    ("state", "status", "told"),
+    ("state", "status", "message"),
     [("ACTIVE", 3, ""), ("FAILED", 2, "the request ended as FAILED before")],
 )
-def test_a_request_is_deleted_once_and_its_end_is_told(tmp_path, state, status, told):
+def test_a_request_is_deleted_once_and_its_end_is_reported(tmp_path, state, status, message):
     environment, log = cloud(tmp_path, state, "exit 3")
     done = subprocess.run(
         ["bash", str(LAUNCH / QUEUED[0]), *QUEUED[1:], *TRAIN],
@@ -136,7 +136,7 @@ def test_a_request_is_deleted_once_and_its_end_is_told(tmp_path, state, status, 
         capture_output=True,
         text=True,
     )
-    assert done.returncode == status and told in done.stderr
+    assert done.returncode == status and message in done.stderr
     assert log.read_text().count("queued-resources delete mine") == 1
 
 

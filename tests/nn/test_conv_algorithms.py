@@ -43,7 +43,7 @@ def native(x, kernel, stride=1, padding=0, groups=1):
     ],
 )
 def test_forms_equal_native(rng, kernel_shape, settings):
-    """Value and both gradients; float32 sums in another order, hence 1e-6."""
+    """Compare value and both gradients; float32 sums in another order, hence 1e-6."""
     x, kernel = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((2, 5, 7, 6), kernel_shape))
     want, want_vjp = jax.vjp(functools.partial(native, **settings), x, kernel)
     got, got_vjp = jax.vjp(functools.partial(conv2d, **settings), x, kernel)
@@ -54,7 +54,7 @@ def test_forms_equal_native(rng, kernel_shape, settings):
 
 
 def test_upsampled_equals_upsampling_first(rng):
-    """Value and both gradients, on a map that is not square; taps added up before they are
+    """Compare value and both gradients, on a map that is not square; taps added up before they are
     multiplied, hence 1e-6.
     """
     x, kernel = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((2, 5, 7, 6), (3, 3, 6, 4)))
@@ -69,8 +69,8 @@ def test_upsampled_equals_upsampling_first(rng):
 
 
 def test_depthwise_accumulates_in_float32(rng):
-    """With bfloat16 in and out the sums over taps and pixels stay in float32: one rounding at the
-    end, 2^-8 at most.
+    """Check that with bfloat16 in and out the sums over taps and pixels stay in float32: one
+    rounding at the end, 2^-8 at most.
     """
     x, kernel, dy = (
         jnp.asarray(rng.normal(size=s), jnp.bfloat16)
@@ -93,8 +93,8 @@ def test_depthwise_accumulates_in_float32(rng):
     [conv_algorithms._depthwise_gradients_reduced, conv_algorithms._depthwise_gradients_by_pixel],
 )
 def test_gradients_of_every_platform(rng, gradients):
-    """Those of the TPU's form too, which a CPU does not take by itself; sums in another order,
-    hence 1e-6.
+    """Compare those of the TPU's form too, which a CPU does not take by itself; sums in another
+    order, hence 1e-6.
     """
     x, kernel, dy = (
         jnp.asarray(rng.normal(size=s), jnp.float32)
@@ -121,7 +121,7 @@ def convolutions(kernel_shape, settings, platform):
 
 
 def test_platform_is_settled_when_lowering():
-    """Whatever machine compiles it: XLA's own convolution but for depthwise ones, on GPUs for those
+    """Lower for each platform: XLA's own convolution but for depthwise ones, on GPUs for those
     too.
     """
     depthwise, dense = ((3, 3, 1, 2), {"groups": 2}), ((3, 3, 2, 2), {})

@@ -23,8 +23,8 @@ def test_constrain_counts_names_and_is_nothing_without_a_strategy(x_BD):
 
 
 def test_constrain_places_activations_by_the_part_being_traced(x_BD):
-    """The same names lie elsewhere in the autoencoder, which strategy fsdp_tp does not cut by
-    width.
+    """Map the same names to other axes in the autoencoder, which strategy fsdp_tp does not cut
+    by width.
     """
     strategy = tiny.strategy("fsdp_tp", fsdp=2, tensor=2)
 

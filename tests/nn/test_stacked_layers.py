@@ -69,7 +69,7 @@ def test_stacked_layers_differ_and_lead_with_the_layers_axis(layers):
 @pytest.mark.parametrize("unroll", [False, True])
 @pytest.mark.parametrize("remat", ["dots", "full"])
 def test_remat_and_unroll_change_no_gradient_and_remat_keeps_less(layers, inputs, remat, unroll):
-    """The same float32 operations, which XLA may fuse otherwise, hence 1e-6."""
+    """Allow 1e-6: the same float32 operations, which XLA may fuse otherwise, hence 1e-6."""
     graphdef, state = nnx.split(layers)
 
     def loss(state, remat, unroll):
@@ -109,7 +109,9 @@ def test_the_program_does_not_grow_with_depth(inputs):
 
 @pytest.mark.parametrize("remat", ["none", "full"])
 def test_recorded_layers_are_those_of_the_scan(layers, inputs, remat):
-    """Two stacks, of which the second carries nothing; jit returns the context's results."""
+    """Capture two stacks, of which the second carries nothing; jit returns the context's
+    results.
+    """
     xs = inputs[1]
     graphdef, state = nnx.split(layers)
 
@@ -146,7 +148,7 @@ def test_recorded_layers_are_those_of_the_scan(layers, inputs, remat):
 
 
 def test_layers_are_recorded_in_the_context_alone(layers, inputs):
-    """Outside it the loop stays a loop."""
+    """Check that outside it the loop stays a loop."""
 
     def loops():  # a new function each time, since traces are kept by function
         run = lambda: nn.scan(layers, step, *inputs, remat="none", unroll=False)

@@ -13,7 +13,7 @@ from tests.data.test_loader import Numbers, make, take
 
 
 class Hosted(jax.sharding.Sharding):
-    """A sharding as one of two hosts sees it, whose devices are `mine`."""
+    """Imitate a sharding on one of two hosts, whose devices are `mine`."""
 
     def __init__(self, sharding: NamedSharding, mine: list[jax.Device]) -> None:
         self.sharding, self.mine = sharding, mine
@@ -27,8 +27,8 @@ class Hosted(jax.sharding.Sharding):
 
 
 def test_hosts_read_the_rows_of_their_devices_wherever_the_mesh_has_these() -> None:
-    """On a torus a host's devices are no neighbours in the batch; along another axis than the
-    batch's, hosts share rows.
+    """Cover a torus, where a host's devices are no neighbours in the batch, and an axis along which
+    hosts share rows.
     """
     expected = take(make(), 2)
     devices = jax.devices()

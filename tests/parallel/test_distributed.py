@@ -159,10 +159,10 @@ def test_two_hosts_one_of_them_killed_go_on_as_one(whole, job, tmp_path):
     pair = job(tmp_path, workdir, settings(), 2, 4, "-r", 0)
     pair.until_step(EVERY + 1)
     os.kill(pair.pid(1), signal.SIGSTOP)
-    told = (
+    report = (
         r"\[0\] watchdog: no progress for \d+ s: host 1 is silent since \w+ at step \d+; host 0 in "
     )
-    pair.until(lambda: re.search(told, pair.text()))
+    pair.until(lambda: re.search(report, pair.text()))
     assert "[1] watchdog" not in pair.text()
     os.kill(pair.pid(1), signal.SIGKILL)
     assert pair.wait() == 128 + signal.SIGKILL

@@ -48,14 +48,18 @@ def test_lines_of_every_library_have_the_hosts_number(restored, capsys):
 
 
 def test_absls_own_handler_has_the_hosts_number(restored):
-    """It takes the place of the others on stderr where a library starts as an absl program."""
+    """Add the number to the handler that replaces the others on stderr where a library starts as an
+    absl program.
+    """
     host_logging.log_to_stderr(1, 2)
     record = logging.LogRecord("orbax", logging.WARNING, "file.py", 1, "two\n%s", ("lines",), None)
     assert absl_logging.get_absl_handler().format(record) == "host 1: two\nhost 1: lines"
 
 
 def test_host_0_has_no_prefix_and_follows_stderr(restored, capsys, monkeypatch):
-    """A progress line replaces `sys.stderr` while it is shown; the log has to go through it."""
+    """Follow `sys.stderr`: a progress line replaces `sys.stderr` while it is shown; the log has to
+    go through it.
+    """
     host_logging.log_to_stderr(0, 1)
     monkeypatch.setattr(sys, "stderr", sys.stdout)
     logging.getLogger("blip3o_jax.ar").info("attention: splash")

@@ -23,7 +23,7 @@ PACKAGE = pathlib.Path(__file__).parent.parent.parent / "blip3o_jax"
 # Functions that call `jax.jit` itself, and why. All others go through `Strategy.jit`.
 INITIALIZES = "makes weights, each in its own sharding; no activation"
 NO_NETWORK = "moves or compares arrays, no network"
-ONE_DEVICE = "runs on one device, beside PyTorch"
+ONE_DEVICE = "runs on one device, compared with PyTorch"
 BARE = {
     "parallel/rules.py::Strategy.jit": "is the one place",
     "train/state.py::_initialize_part": INITIALIZES,

@@ -99,7 +99,7 @@ def raw(service, *pieces: bytes) -> bytes:
         return rest(connection)
 
 
-def told(service, data: bytes) -> bytes:
+def exchange(service, data: bytes) -> bytes:
     """Return the first answer to raw bytes, whether or not more is expected."""
     with connected(service) as connection:
         connection.sendall(data)
@@ -135,8 +135,8 @@ def test_a_body_is_taken(service):
 @pytest.mark.parametrize(
     "token", [b"", b"Authorization: Bearer secre\r\n", TOKEN * 2, b"Authorization: Bearer \xe9\r\n"]
 )
-def test_the_token_is_judged_before_the_body_comes(service, token):
-    answer = told(service, post(token + b"Content-Length: 9000\r\n"))
+def test_the_token_is_checked_before_the_body_is_read(service, token):
+    answer = exchange(service, post(token + b"Content-Length: 9000\r\n"))
     assert (
         answer.startswith(b"HTTP/1.1 401 ")
         and b"www-authenticate: Bearer" in answer
@@ -167,7 +167,7 @@ def test_who_is_refused_while_sending_gets_to_read_why(service):
     ],
 )
 def test_the_headers_alone_are_answered(service, headers, status):
-    answer = told(service, post(TOKEN + headers))
+    answer = exchange(service, post(TOKEN + headers))
     assert answer.startswith(f"HTTP/1.1 {status} ".encode()) and b"100 Continue" not in answer
 
 
@@ -320,7 +320,7 @@ def test_connections_are_bounded_and_the_idlest_makes_room(service):
         assert service.connections <= LIMITS.max_connections
 
 
-def test_where_all_are_at_work_a_new_one_is_told_to_come_back(service, registry):
+def test_a_connection_beyond_the_limit_gets_retry_after(service, registry):
     until(lambda: service.connections == 0)
     request = post(TOKEN + b"Content-Length: 0\r\n", path=b"/count?wait")
     with contextlib.ExitStack() as stack:

@@ -119,8 +119,8 @@ def test_bpe_ignores_truncation_and_padding_of_the_file(bpe_dir):
 
 
 def test_bpe_from_vocab_and_merges(bpe_dir, tmp_path):
-    """The three older files give what tokenizer.json gives, and what transformers' Qwen2Tokenizer
-    makes of them.
+    """Check that the three older files give what tokenizer.json gives, and what transformers'
+    Qwen2Tokenizer makes of them.
     """
     contents = json.loads((bpe_dir / "tokenizer.json").read_text())
     old = tmp_path / "old"
@@ -165,8 +165,8 @@ def test_sentencepiece_small_corpus_and_small_vocabulary(tmp_path):
 
 
 def test_a_sentencepiece_caption_cannot_reach_user_defined_symbols_as_tags(tmp_path):
-    """User-defined pieces are matched in text: they are no special tokens, and asking for one is an
-    error.
+    """Refuse them as tags: user-defined pieces are matched in text: they are no special tokens, and
+    asking for one is an error.
     """
     import sentencepiece
 

@@ -100,8 +100,8 @@ BROKEN = {
 
 @pytest.mark.parametrize("case", BROKEN)
 def test_a_damaged_step(root, capsys, case):
-    """A resume falls back to the step before, says so and sets it aside; whoever shows weights
-    refuses, naming the next.
+    """Check that a resume falls back to the step before, says so and sets it aside; whoever shows
+    weights refuses, naming the next.
     """
     spoil, step, reason = BROKEN[case]
     intact = "4" if step == "6" else "2"
@@ -127,15 +127,15 @@ def test_a_damaged_step(root, capsys, case):
     checkpoints.save(8, STATE, {"next_example": 8}, 1.0)
     checkpoints.close()
     assert (
-        f"checkpoints/{step} is damaged (" in (told := capsys.readouterr().err)
-        and f"going on from {intact}" in told
+        f"checkpoints/{step} is damaged (" in (err := capsys.readouterr().err)
+        and f"going on from {intact}" in err
     )
     assert os.path.lexists(root / f"{step}.damaged") and not os.path.lexists(root / step)
     assert checkpoint.find(root) == (root, 8) and Checkpoints(root, keep=2).newest_intact() == 8
 
 
 def test_directories_that_are_no_steps(root):
-    """Neither read nor in the way, though Python takes their names for numbers."""
+    """Ignore them, though Python takes their names for numbers."""
     names = ("007", "+9", " 9", "\u0669", "9_0")
     for name in names:
         (root / name).mkdir()
@@ -177,7 +177,9 @@ def test_no_step_is_intact(root):
 
 
 def test_what_a_kill_left_is_removed_when_the_run_goes_on(root):
-    """Orbax's temporary name before its own files are whole, and ours before the manifest is."""
+    """Remove Orbax's temporary name before its own files are whole, and ours before the manifest
+    is.
+    """
     for name in ("6.orbax-checkpoint-tmp.orbax-checkpoint-tmp", "6.orbax-checkpoint-tmp"):
         shutil.copytree(root / "4", root / name)
         (root / name / "manifest.json").unlink()
@@ -299,7 +301,7 @@ def tree(root):
 
 
 def read(root, plan):
-    """Return all that a checkpoint tells: (step, state, position, configuration, tokenizer)."""
+    """Return all that a checkpoint holds: (step, state, position, configuration, tokenizer)."""
     config = checkpoint.read_config(root)
     tokenizer = load_tokenizer(checkpoint.stored_text(root, config.model.text))
     checkpoints = Checkpoints(root, keep=2)
@@ -325,12 +327,12 @@ def check_flip(root, plan, wanted, capsys, file, bit):
         return "refused"
     finally:
         flip(file, bit)
-    told = capsys.readouterr().err
+    err = capsys.readouterr().err
     if found[0] != wanted[0]:
-        assert f"{root / str(wanted[0])} is damaged (" in told and len(told.splitlines()) == 1, (
+        assert f"{root / str(wanted[0])} is damaged (" in err and len(err.splitlines()) == 1, (
             name,
             bit,
-            told,
+            err,
         )
         return "fell back"
     assert found[2:] == wanted[2:], (name, bit)
@@ -358,7 +360,7 @@ def test_a_flipped_bit_in_each_file_of_a_step_is_found(root, capsys):
 
 @pytest.mark.slow
 def test_no_flipped_bit_of_a_checkpoint_changes_a_number_silently(tmp_path, capsys):
-    """500 of them, over all bytes of the checkpoint of a joint run."""
+    """Flip 500 of them, over all bytes of the checkpoint of a joint run."""
     tiny.write_checkpoint(tmp_path)
     root = tmp_path / "checkpoints"
     shutil.copytree(root / "6", root / "4")

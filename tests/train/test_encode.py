@@ -43,7 +43,7 @@ def folder(tmp_path):
 
 
 class Encoders:
-    """Provide codes and latents from which the image can be told; counts its calls and can be
+    """Provide codes and latents that identify the image; counts its calls and can be
     killed in one.
     """
 
@@ -95,7 +95,7 @@ def test_records_come_with_what_the_encoders_made_of_them(folder, tmp_path):
 
 
 def test_the_batch_divides_over_the_devices(folder, tmp_path):
-    """Over 3 of them batches have 6 rows instead of 4: two for each shard of 8 records."""
+    """Encode on 3 devices: batches have 6 rows instead of 4: two for each shard of 8 records."""
     shapes = []
 
     def encoders(pixels, tokenizer_pixels):
@@ -207,7 +207,9 @@ NO_OUTPUTS = [(0, 256, "codes from"), (0, -1, "codes from -1"), (1, np.nan, "not
 
 @pytest.mark.parametrize(("output", "value", "reason"), NO_OUTPUTS)
 def test_what_is_no_output_of_encoders_is_refused(folder, tmp_path, output, value, reason):
-    """When it is written, by record; and when it is read, should a cache hold it all the same."""
+    """Refuse it when it is written, by record; and when it is read, should a cache hold it all
+    the same.
+    """
 
     def encoders(pixels, tokenizer_pixels):
         outputs = tuple(np.array(x) for x in Encoders()(pixels, tokenizer_pixels))
@@ -244,8 +246,8 @@ def check_flip(cached, want, file, bit):
 
 @pytest.mark.parametrize("flips", [10, pytest.param(500, marks=pytest.mark.slow)])
 def test_no_flipped_bit_of_a_cache_changes_a_number_silently(folder, tmp_path, flips):
-    """Half of them anywhere, half anywhere in a random file. Alignment of the arrays' headers is no
-    value.
+    """Flip half of them anywhere, half anywhere in a random file. Alignment of the arrays'
+    headers is no value.
     """
     cached, _, _ = opened(folder, tmp_path, Encoders())
     want, rng = all_records(cached), random.Random(0)
@@ -289,7 +291,7 @@ def test_other_weights_settings_or_files_are_other_directories(folder, tmp_path)
     "bad", [[2], [12, 13, 14, 15], list(range(16))], ids=["one", "a batch", "all"]
 )
 def test_unreadable_records_are_known_by_their_reason(folder, tmp_path, bad):
-    """How many are too many is for the loader to say, which meets them where the run does."""
+    """Leave the limit to the loader, which meets them where the run does."""
     for i in bad:
         (folder / f"{i:03d}.png").write_bytes(b"")
     cached, source, _ = opened(folder, tmp_path, Encoders())
@@ -364,8 +366,8 @@ def test_a_source_is_named_by_its_files_wherever_they_lie(folder, tmp_path):
 
 
 def test_images_that_are_shown_are_encoded_with_those_that_are_drawn(tmp_path):
-    """Rows of every task, in three batches of images for one of records; places without an image
-    are zeros.
+    """Encode rows of every task, in three batches of images for one of records; places without an
+    image are zeros.
     """
     folder = tiny.write_data(tmp_path / "images")
     lines = [

@@ -78,7 +78,9 @@ def test_a_linear_layer_costs_a_product_for_each_gradient_that_is_asked_for(want
 
 @pytest.mark.parametrize("groups", [1, 2, 8])
 def test_gradients_of_a_convolution_cost_twice_the_convolution(groups):
-    """One product for the input's gradient and one for the kernel's, of the same size each."""
+    """Count one product for the input's gradient and one for the kernel's, of the same size
+    each.
+    """
     args = (zeros(2, 6, 4, 8), zeros(1, 1, 8 // groups, 8))
     forward = count_flops(conv(groups), *args)
     gradient = jax.vjp(conv(groups), *args)[1]
@@ -86,8 +88,8 @@ def test_gradients_of_a_convolution_cost_twice_the_convolution(groups):
 
 
 def test_the_decoder_costs_what_its_matrices_say():
-    """Two FLOPs for each weight and token, and for attention's two products over all pairs of
-    positions.
+    """Count two FLOPs for each weight and token, and for attention's two products over all pairs
+    of positions.
     """
     cfg, (B, L) = tiny.model().ar, (2, 32)
     model = nnx.eval_shape(lambda: Qwen3(cfg, rngs=nnx.Rngs(0)))

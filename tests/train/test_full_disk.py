@@ -151,8 +151,8 @@ def test_a_full_disk_ends_the_run_in_one_line_and_it_resumes_bit_for_bit(place, 
     same(outcome(workdir), want)
 
 
-def test_a_save_that_fails_is_told_at_the_next_step(tmp_path):
-    """Files of this process may hold 20 kB, which makes writing fail as a full disk does."""
+def test_a_save_that_fails_is_reported_at_the_next_step(tmp_path):
+    """Limit files of this process to 20 kB, which makes writing fail as a full disk does."""
     checkpoints = checkpoint.Checkpoints(tmp_path / "checkpoints", keep=2)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))

@@ -6,7 +6,9 @@ from tests import tiny
 
 
 def test_held_out_losses_have_the_same_batches_at_every_evaluation(tmp_path, monkeypatch):
-    """At a learning rate of 0 only the batches could make losses differ, as training's do."""
+    """Train at a learning rate of 0, where only the batches could make losses differ, as
+    training's do.
+    """
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
     cfg = tiny.run_config(
         tiny.data(),

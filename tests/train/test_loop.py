@@ -111,7 +111,7 @@ def whole(tmp_path_factory):
     return workdir, supervised.train(joint(), workdir)
 
 
-def test_a_run_writes_what_the_issue_of_it_can_be_judged_by(whole):
+def test_a_run_writes_metrics_config_and_command(whole):
     workdir, summary = whole
     written = read_rows(workdir / "metrics.jsonl")
     assert [row["step"] for row in written] == list(range(1, STEPS + 1))
@@ -151,8 +151,8 @@ def test_a_run_writes_what_the_issue_of_it_can_be_judged_by(whole):
 
 
 def test_a_checkpoint_is_complete(whole):
-    """Weights, optimizer, position, configuration, tokenizer; the last two, and the best if it is
-    another.
+    """Read weights, optimizer, position, configuration, tokenizer; the last two, and the best if
+    it is another.
     """
     workdir, _ = whole
     root, step = checkpoint.find(workdir)
@@ -181,8 +181,8 @@ def test_a_finished_run_is_not_run_again(whole, tmp_path, capsys):
 
 
 def test_resumed_is_uninterrupted(whole, tmp_path, monkeypatch, capsys):
-    """Stopped at step 5 with a bit of the checkpoint of step 4 flipped, it goes on from that of
-    step 2: the same rows and the same state, bit for bit.
+    """Stop at step 5 with a bit of the checkpoint of step 4 flipped, it goes on from that of step
+    2: the same rows and the same state, bit for bit.
     """
     with monkeypatch.context() as patch, pytest.raises(Stopped):
         stop_after(patch, 5)
@@ -192,8 +192,8 @@ def test_resumed_is_uninterrupted(whole, tmp_path, monkeypatch, capsys):
     flip(max((root / "4" / "state").rglob("d/*"), key=lambda path: path.stat().st_size), 1000)
     supervised.train(joint(), tmp_path)
     assert (
-        "checkpoints/4 is damaged (state/" in (told := capsys.readouterr().err)
-        and "going on from 2" in told
+        "checkpoints/4 is damaged (state/" in (err := capsys.readouterr().err)
+        and "going on from 2" in err
     )
     assert rows(tmp_path) == rows(whole[0])
     # Of both starts: those of the first up to the checkpoint.
@@ -204,7 +204,7 @@ def test_resumed_is_uninterrupted(whole, tmp_path, monkeypatch, capsys):
 
 
 def test_resumed_with_muon_is_uninterrupted(tmp_path, monkeypatch):
-    """Its state has places without an array, which must come back as such."""
+    """Resume although its state has places without an array, which must come back as such."""
     muon = dataclasses.replace(
         tokenizer(), optimizer=dataclasses.replace(tokenizer().optimizer, name="muon")
     )
@@ -231,7 +231,7 @@ def tree(workdir):
 
 
 def test_a_start_that_is_refused_changes_nothing(whole, tmp_path):
-    """Not what a kill left unfinished either, nor a damaged step."""
+    """Leave what a kill left unfinished and a damaged step too."""
     workdir = shutil.copytree(whole[0], tmp_path / "run")
     (workdir / "checkpoints" / "7.orbax-checkpoint-tmp").mkdir()
     (workdir / "checkpoints" / "8").mkdir()
@@ -271,7 +271,7 @@ def test_a_start_that_is_refused_changes_nothing(whole, tmp_path):
 
 
 def test_a_start_that_is_refused_leaves_no_directory(tmp_path):
-    """The vocabulary is trained by then."""
+    """Refuse it after the vocabulary is trained."""
     with pytest.raises(UserError, match="none does not exist"):
         supervised.train(
             joint(checkpoint={"init_from": (("ar", str(tmp_path / "none")),)}),
@@ -298,7 +298,7 @@ if __name__ == "__main__":
 def test_sigterm_saves_the_step_it_meets_and_the_run_goes_on_from_there(
     whole, tmp_path, monkeypatch
 ):
-    """Sent while step 3, which is no checkpoint's, is in work."""
+    """Send it while step 3, which is no checkpoint's, is in work."""
     before, write = signal.getsignal(signal.SIGTERM), MetricLog.write
 
     def writing(self, at, values):
@@ -320,8 +320,8 @@ def test_sigterm_saves_the_step_it_meets_and_the_run_goes_on_from_there(
 
 
 def test_killed_and_run_again_is_uninterrupted(whole, tmp_path):
-    """SIGKILL as soon as step 3 is written, wherever the run is then; the same command gives the
-    same losses.
+    """Send SIGKILL as soon as step 3 is written, wherever the run is then; the same command gives
+    the same losses.
     """
     workdir, settings = tmp_path / "run", tmp_path / "config.json"
     settings.write_text(json.dumps(config_lib.to_dict(joint())))
@@ -347,7 +347,7 @@ def test_killed_and_run_again_is_uninterrupted(whole, tmp_path):
 
 
 def test_restored_onto_another_mesh(whole, tmp_path):
-    """Written by eight devices, read by one and by two ways of sharding over eight: the same
+    """Write from eight devices, read by one and by two ways of sharding over eight: the same
     numbers.
     """
     root, _ = checkpoint.find(whole[0])
@@ -409,9 +409,9 @@ def test_a_config_that_was_edited_is_named(whole, tmp_path):
 
 
 def test_cached_encoders_give_the_same_losses_and_run_once(whole, tmp_path, monkeypatch, capsys):
-    """Codes from disk are the online run's, so that the first cross entropy is the same bit for
-    bit. Latents are float32 and come from another program than the step's: they and what is trained
-    on them agree to a few units in the last place.
+    """Require equal codes: those from disk are the online run's, so that the first cross entropy is
+    the same bit for bit. Latents are float32 and come from another program than the step's: they
+    and what is trained on them agree to a few units in the last place.
     """
     cached = joint(data={"cache_dir": str(tmp_path / "cache")})
     supervised.train(cached, tmp_path / "first")
@@ -455,8 +455,8 @@ def test_unreadable_records_are_counted(tmp_path, monkeypatch):
 
 
 def test_a_run_that_is_not_finite_stops_and_leaves_its_checkpoint(tmp_path, monkeypatch):
-    """With a rate of 1e30, past what settings may be, step 3 is the first that is not finite (the
-    warm-up starts from 0); two of those are too many.
+    """Train at a rate of 1e30, past what settings may be, step 3 is the first that is not finite
+    (the warm-up starts from 0); two of those are too many.
     """
     cfg = tokenizer(optimizer={"clip_norm": 0.0}, max_nonfinite=2)
     schedule = optimizer.learning_rate(cfg.optimizer, cfg.steps)
@@ -593,7 +593,9 @@ def test_errors_come_before_anything_is_compiled(tmp_path, monkeypatch):
 
 
 def test_everything_is_on_disk_before_a_step_is_saved():
-    """A run that resumes from a saved step does not write that step's rows and lines again."""
+    """Check the order: a run that resumes from a saved step does not write that step's rows and
+    lines again.
+    """
     called = []
     note = lambda name, result=None: lambda *_: called.append(name) or result
     cfg = tiny.run_config(tiny.data(), steps=1, preview=0)

@@ -72,7 +72,7 @@ def begin(cfg, place):
 
 
 def test_a_checkpoint_without_factors_is_taken_whole_and_factors_are_drawn(settings, start, begun):
-    """As in a model that is all new."""
+    """Initialise the factors as in a new model."""
     given = dict(leaves(checkpoint.restore_parts(start, tiny.strategy(), PUBLISHED_PARTS)))
 
     @jax.jit
@@ -146,7 +146,7 @@ def test_nothing_but_factors_may_be_missing(settings, begun):
 
 
 def test_without():
-    """Branches of which nothing is left are not left."""
+    """Remove a branch whose leaves are all removed."""
     a = {"x": {"y": 1, "z": 2}, "u": {"v": 3}, "w": 4}
     assert without(a, {"x": {"y": 9}, "u": {"v": 9}}) == {"x": {"z": 2}, "w": 4}
     assert without(a, {}) == a and without(a, {"x": {}}) == a and without(a, a) == {}

@@ -27,7 +27,7 @@ def check(cfg, strategy=None):
 
 
 def test_the_state_is_counted_to_the_byte():
-    """Sharded over eight devices: what is trained four times (value, gradient, two moments), what
+    """Shard over eight devices: what is trained four times (value, gradient, two moments), what
     is frozen once.
     """
     cfg, strategy = tiny.run_config(stage="tokenizer"), tiny.strategy("fsdp", fsdp=8)
@@ -77,7 +77,9 @@ def test_the_setting_that_is_too_large_is_named(stage, overrides, names, monkeyp
 
 
 def test_published_sizes_are_let_through_where_they_fit(monkeypatch):
-    """The joint stage of pretrain.py:1.7b on eight devices of 95 GiB, and not on eight of 4 GiB."""
+    """Accept the joint stage of pretrain.py:1.7b on eight devices of 95 GiB, and not on eight of
+    4 GiB.
+    """
     cfg = loader.load("configs/pretrain.py:1.7b")
     strategy = Strategy.of(dataclasses.replace(cfg.mesh, data=1, fsdp=8), jax.devices())
     plan = plan_state(cfg, strategy)

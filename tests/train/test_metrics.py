@@ -150,7 +150,7 @@ def test_opening_a_sound_file_does_not_write_it(tmp_path):
 
 @pytest.mark.parametrize("where", ["_rows", "_events"])
 def test_a_full_disk_raises_where_it_is_written_to(tmp_path, where):
-    """/dev/full takes no byte."""
+    """Write to /dev/full, which takes no byte."""
     metrics = log(tmp_path)
     with open("/dev/full", "wb" if where == "_events" else "w") as full:
         if where == "_rows":

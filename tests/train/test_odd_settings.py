@@ -42,7 +42,7 @@ GROUPS = ("loss", "", "optimizer", "data", "checkpoint")
 
 
 def edges(group):
-    """(field, value) of a group: the ends of every interval, and 0 where it lies inside."""
+    """Return (field, value) of a group: the ends of every interval, and 0 where it lies inside."""
     cls = fields.field_types(config.Config)[group] if group else config.Config
     for name, hint in fields.field_types(cls).items():
         kind, constraints, _ = fields.unwrapped(hint)
@@ -54,15 +54,15 @@ def edges(group):
 
 
 def runs():
-    """{group: (field, value)} of each run: one edge of every group that has one left. A run takes
-    seconds, most of them to compile a program that another value of a field would not share.
+    """Return {group: (field, value)} of each run: one edge of every group that has one left. A run
+    takes seconds, most of them to compile a program that another value of a field would not share.
     """
     for found in itertools.zip_longest(*map(edges, GROUPS)):
         yield {group: edge for group, edge in zip(GROUPS, found, strict=True) if edge}
 
 
 def settings(odd):
-    """The changes of `tiny.run_config` of one run."""
+    """Return the changes of `tiny.run_config` of one run."""
     stage = STAGE.get(odd["loss"][0], "autoencoder") if "loss" in odd else "tokenizer"
     changes = {"stage": stage, "steps": 2, "preview": 0}
     for group, (name, value) in odd.items():
@@ -77,7 +77,7 @@ def name_of(odd):
 @pytest.mark.slow
 @pytest.mark.parametrize("odd", [pytest.param(odd, id=name_of(odd)) for odd in runs()])
 def test_the_edges_of_settings_train_or_are_refused(odd, tmp_path):
-    """An edge that is refused, by its name, is left out, and the others of the run are tried on."""
+    """Leave out an edge that is refused by its name, and try the others of the run again."""
     while True:
         changes = settings(odd)
         try:

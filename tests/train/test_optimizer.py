@@ -301,7 +301,7 @@ def with_argument(place, name, argument, value):
 
 
 def test_every_argument_of_optax_has_a_kind_that_refuses_other_values():
-    """From signatures alone: nothing is computed."""
+    """Read signatures alone: nothing is computed."""
     found = list(arguments())
     assert len(found) > 100
     for place, name, argument in found:
@@ -316,7 +316,7 @@ def test_every_argument_of_optax_has_a_kind_that_refuses_other_values():
 
 
 def refused_or_finite(settings):
-    """Whether it is refused in one line, or two updates with finite gradients are finite."""
+    """Return whether it is refused in one line, or two updates with finite gradients are finite."""
     try:
         optimizer = make_optimizer(settings, 10)
     except config_lib.ConfigError as error:
@@ -340,7 +340,7 @@ def test_an_optimizer_is_checked_where_transfers_are_forbidden():
 
 
 def test_norms_biases_and_single_numbers_are_not_decayed():
-    """In the whole model: norms declare the logical axis "norm"."""
+    """Check it in the whole model: norms declare the logical axis "norm"."""
     cfg = tiny.run_config(model={"editing": {"reference_slots": 2, "features": True}}).model
     variables = nnx.state(nnx.eval_shape(lambda: Blip3o(cfg, MODEL_PARTS, seed=0)))
     axes = {path: v.axes for path, v in nnx.to_flat_state(variables)}
@@ -376,7 +376,7 @@ def test_the_state_of_an_optimizer_lies_with_its_parameters(name):
 
 @pytest.mark.parametrize("name", ["adafactor", "lion"])
 def test_a_sharded_state_resumes(name, tmp_path):
-    """Saved after one update and restored into its shards, the next is that of an unbroken run."""
+    """Save after one update and restore into shards: the next is that of an unbroken run."""
     kwargs = {"min_dim_size_to_factor": 8} if name == "adafactor" else {}
     optimizer = make_optimizer(optimizer_config(name=name, kwargs=kwargs), 10)
     strategy, params = tiny.strategy("fsdp", fsdp=8), {"part": {"kernel": jnp.ones((16, 8))}}

@@ -41,7 +41,7 @@ def test_counts_of_a_step_are_those_of_all_hosts_however_far_ahead(store, monkey
 
 
 def test_hosts_that_read_the_same_rows_count_once(store, monkeypatch):
-    """Host 0 for all of them: after a resume it has the counts of the checkpoint."""
+    """Count on host 0 for all of them: after a resume it has the counts of the checkpoint."""
     zero, one = SkippedRecords([0, 1]), SkippedRecords([0, 1])
     zero.add(1, {"broken": 5})
     add_as(1, monkeypatch, one, 1, {"broken": 2})

@@ -88,9 +88,9 @@ def seen(tree):
     ],
 )
 def test_sharded_is_single_device(case, name):
-    """The moments carry the gradients of both steps, the second ones their squares, whose relative
-    error is twice theirs: the autoencoder's reaches 1e-5, which is what one unit in the last place
-    of its weights makes on one device.
+    """Allow rounding: the moments carry the gradients of both steps, the second ones their squares,
+    whose relative error is twice theirs: the autoencoder's reaches 1e-5, which is what one unit in
+    the last place of its weights makes on one device.
     """
     want, want_metrics, _ = two_steps(case, None)
     got, metrics, _ = two_steps(case, name)
@@ -127,7 +127,9 @@ def test_parameters_and_moments_really_lie_in_shards():
 
 
 def test_no_strategy_is_left_out():
-    """Those that are not in the table have the rules of one that is, under another name."""
+    """Check that those that are not in the table have the rules of one that is, under another
+    name.
+    """
     left = set(STRATEGIES) - {mesh["name"] for mesh in tiny.MESHES.values()}
     assert left == {"hybrid_dp", "hybrid_fsdp"}
     assert (

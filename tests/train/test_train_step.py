@@ -85,8 +85,8 @@ OVERFLOWS = {  # of parameters 1.5e38 with a gradient of -2, one update further
 
 @pytest.mark.parametrize("case", OVERFLOWS)
 def test_an_update_that_is_not_finite_is_not_applied(case):
-    """Although loss and gradient are. A learning rate that is no number is refused elsewhere, so a
-    plan is made with it.
+    """Skip it although loss and gradient are finite. A learning rate that is no number is refused
+    elsewhere, so a plan is made with it.
     """
     cfg, strategy = tiny.run_config(optimizer={"ema_decay": 0.5}), tiny.strategy()
     optimizer = optax.chain(optax.trace(0.9), OVERFLOWS[case])
@@ -115,8 +115,8 @@ def test_an_update_that_is_not_finite_is_not_applied(case):
 
 
 def test_sharded_muon_is_single_device():
-    """Two updates from the same gradients. Orthogonalising lifts their smallest singular values,
-    and with them rounding, by up to 3.4^5 = 450.
+    """Apply two updates from the same gradients. Orthogonalising lifts their smallest singular
+    values, and with them rounding, by up to 3.4^5 = 450.
     """
     cfg, _, _ = setup()
     cfg = dataclasses.replace(cfg, optimizer=dataclasses.replace(cfg.optimizer, name="muon"))
@@ -144,8 +144,8 @@ def test_sharded_muon_is_single_device():
 
 
 def test_state_is_created_in_its_shards_with_the_values_of_one_device():
-    """Of the smallest stage that shards: the random numbers of every parameter are compiled for
-    each mesh.
+    """Create that of the smallest stage that shards: the random numbers of every parameter are
+    compiled for each mesh.
     """
     cfg = tiny.run_config(stage="tokenizer")
     want, got = (
@@ -176,8 +176,8 @@ def test_given_parts_are_taken_as_they_are_and_the_others_drawn_as_without():
 
 
 def test_image_embeddings_start_at_the_codes_where_asked():
-    """On a mesh as on one device: those rows of the table and nothing else, also in an AR that is
-    given; the average too.
+    """Check on a mesh as on one device: those rows of the table and nothing else, also in an AR
+    that is given; the average too.
     """
     cfg, image_token_offset, _ = setup()
     cfg = dataclasses.replace(
@@ -211,8 +211,8 @@ def test_image_embeddings_start_at_the_codes_where_asked():
 
 
 def test_the_published_freezing():
-    """AR, connector and the DiT's caption layers move, each of their arrays; nothing else does, nor
-    has it moments.
+    """Check that AR, connector and the DiT's caption layers move, each of their arrays; nothing
+    else does, nor has it moments.
     """
     (_, state), _ = two_steps()
     trained = {path for path, _ in leaves(state["params"])}
@@ -252,8 +252,8 @@ def test_all_can_be_trained_by_one_field():
 
 @pytest.mark.parametrize("supervise_prompt", [False, True])
 def test_micro_batches_are_the_whole_batch(supervise_prompt):
-    """Where the prompt is supervised rows have different numbers of labels, yet every label counts
-    the same. Noise, time and dropped conditions are the rows' own: the flow loss is the same too.
+    """Supervise the prompt, so that rows have different numbers of labels: every label counts the
+    same. Noise, time and dropped conditions are the rows' own: the flow loss is the same too.
     """
     batch = setup(supervise_prompt)[2]
     labels_B = batch["loss_mask"][:, 1:].sum(axis=1)

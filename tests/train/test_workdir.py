@@ -78,8 +78,8 @@ def test_the_lock_of_a_process_that_is_gone_is_taken_over(tmp_path, capsys):
 def test_a_run_on_another_machine_is_waited_for(tmp_path, bound, capsys, there):
     path = write(tmp_path, **there)
     with WorkdirLock(tmp_path):
-        told = capsys.readouterr().err
-    assert "waiting up to 1 s for a heartbeat" in told and "took over the lock" in told
+        err = capsys.readouterr().err
+    assert "waiting up to 1 s for a heartbeat" in err and "took over the lock" in err
     write(tmp_path, **there)
     os.utime(path, (1, 1))
     with WorkdirLock(tmp_path):
@@ -94,7 +94,7 @@ def test_a_run_on_another_machine_is_waited_for(tmp_path, bound, capsys, there):
     "text", ["", "[1]", '{"pid": "1"}', '{"pid": 0}', '{"pids": 1}', "[" * 10**5], ids=len
 )
 def test_a_lock_that_names_nobody(tmp_path, bound, capsys, text):
-    """A kill may have come while it was written."""
+    """Take it over: a kill may have come while it was written."""
     (tmp_path / LOCK).write_text(text)
     with WorkdirLock(tmp_path):
         assert "locked by host an unknown host" in capsys.readouterr().err
@@ -118,7 +118,9 @@ def test_a_holder_gives_heartbeats_and_notices_when_it_has_lost(tmp_path, monkey
 
 
 def test_who_is_too_late_to_take_over_puts_the_lock_back(tmp_path):
-    """Two find the same dead owner; the slower one renames the lock of the faster one."""
+    """Let two processes find the same dead owner; the slower one renames the lock of the faster
+    one.
+    """
     path = write(tmp_path, token="of the faster one")
     WorkdirLock(tmp_path)._remove(Owner(token="of the dead one"))
     assert json.loads(path.read_text())["token"] == "of the faster one" and left(tmp_path) == [LOCK]
@@ -166,7 +168,7 @@ def test_a_lock_that_comes_and_goes(tmp_path, monkeypatch):
     ["metrics.jsonl", "recipe.json", "checkpoints/config.json", "tensorboard", "checkpoints"],
 )
 def test_something_else_in_a_files_place(tmp_path, name):
-    """Refused before anything is written."""
+    """Refuse it before anything is written."""
     if directory := "json" not in name:
         (tmp_path / name).write_text("mine")
     else:

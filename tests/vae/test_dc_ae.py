@@ -66,8 +66,8 @@ def nchw(x_BHWC) -> torch.Tensor:
 
 
 def test_values_and_gradients_equal_torch(pair, rng):
-    """float32; the sums over channels and pixels run in another order: 1e-5 for values, 1e-4 for
-    gradients.
+    """Compare in float32; the sums over channels and pixels run in another order: 1e-5 for values,
+    1e-4 for gradients.
     """
     cfg, theirs, model = pair
     x_BHWC = rng.uniform(-1, 1, (2, HEIGHT, WIDTH, 3)).astype(np.float32)
@@ -96,8 +96,8 @@ def test_values_and_gradients_equal_torch(pair, rng):
 
 
 def test_published_sizes_count():
-    """The default config is the published f32c32 autoencoder of SANA 1.5: as many parameters as the
-    library's.
+    """Check that the default config is the published f32c32 autoencoder of SANA 1.5: as many
+    parameters as the library's.
     """
     cfg = config.DcAeConfig()
     with torch.device("meta"):
@@ -109,8 +109,8 @@ def test_published_sizes_count():
 
 
 def test_remat_changes_nothing(rng):
-    """The same gradients when the backward pass computes each block again: the same operations in
-    float32, which XLA may fuse otherwise, hence 1e-6.
+    """Compare gradients: the same when the backward pass computes each block again: the same
+    operations in float32, which XLA may fuse otherwise, hence 1e-6.
     """
     x_BHWC = jnp.asarray(rng.normal(size=(1, 3, 4, 6)), jnp.float32)
     stacked = blocks.stage_blocks(
@@ -131,7 +131,9 @@ def test_remat_changes_nothing(rng):
 
 @pytest.mark.parametrize("remat", config.REMAT)
 def test_remat_is_per_block(remat):
-    """Each stage with blocks is one scan over checkpointed blocks, except with policy "none"."""
+    """Check that each stage with blocks is one scan over checkpointed blocks, except with policy
+    "none".
+    """
     graphdef, state = nnx.split(
         nnx.eval_shape(lambda: DcAe(dataclasses.replace(F8, remat=remat), rngs=nnx.Rngs(0)))
     )
@@ -147,7 +149,7 @@ def test_remat_is_per_block(remat):
 
 
 def test_compile_does_not_grow_with_depth():
-    """A stage of 2 blocks and one of 6 trace to programs of the same length."""
+    """Check that a stage of 2 blocks and one of 6 trace to programs of the same length."""
 
     def length(layers):
         cfg = dataclasses.replace(F8, encoder_layers_per_block=(layers,) * 4)
@@ -163,8 +165,8 @@ def test_compile_does_not_grow_with_depth():
 
 
 def test_bfloat16_stays_close(rng):
-    """bfloat16 compute: bfloat16 out, and within its precision (2^-8 a step) through a block with
-    attention.
+    """Compute in bfloat16: bfloat16 out, and within its precision (2^-8 a step) through a block
+    with attention.
     """
     x_BHWC = jnp.asarray(rng.normal(size=(1, 3, 4, 16)), jnp.float32)
 

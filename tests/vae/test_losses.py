@@ -14,7 +14,7 @@ def image(rows):
 
 
 def test_by_hand():
-    """Errors        to the right     down
+    """Compare with errors        to the right     down
     0.2  0.0  0.0   -0.2  0.0        -0.2  0.4  0.0
     0.0  0.4  0.0    0.4 -0.4
     l1 = 0.6 / 6; gradient = (1.0 / 4 + 0.6 / 3) / 2; squared error = (0.04 + 0.16) / 6.
@@ -43,8 +43,8 @@ def test_psnr_is_the_mean_over_images():
 
 
 def test_perfect_images_are_finite():
-    """Neither an infinite PSNR nor a NaN gradient; 10^-10 of squared error caps the former at 106
-    dB.
+    """Allow neither an infinite PSNR nor a NaN gradient; 10^-10 of squared error caps the former
+    at 106 dB.
     """
     x = image([[0.1, 0.2], [0.3, 0.4]])
     gradient, metrics = jax.grad(lambda x_hat: reconstruction_loss(x_hat, x, 1.0), has_aux=True)(x)
@@ -53,7 +53,7 @@ def test_perfect_images_are_finite():
 
 
 def test_bfloat16_is_summed_in_float32():
-    """300 x 300 equal errors of 2^-7: a bfloat16 sum would stop growing long before."""
+    """Sum 300 x 300 equal errors of 2^-7: a bfloat16 sum would stop growing long before."""
     x = jnp.zeros((1, 300, 300, 1), jnp.bfloat16)
     loss, _ = reconstruction_loss(x + 2**-7, x, 1.0)
     assert loss.dtype == jnp.float32

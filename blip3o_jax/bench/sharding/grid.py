@@ -102,10 +102,10 @@ def bench(
 
     for name in options.strategies:
         check_choice("--strategy", name, rules.STRATEGIES)
-        alone = name.removeprefix("hybrid").removeprefix("_") or "fsdp"
+        single_slice = name.removeprefix("hybrid").removeprefix("_") or "fsdp"
         check(
             options.slices > 1 or not name.startswith("hybrid"),
-            f"--strategy={name} is for several slices: add --slices=2, or use {alone}",
+            f"--strategy={name} is for several slices: add --slices=2, or use {single_slice}",
         )
     check(
         "strategy" not in options.chosen, "--config.mesh.strategy is not read here: use --strategy"

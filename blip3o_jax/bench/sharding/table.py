@@ -50,8 +50,8 @@ def _gib(row: Row) -> tuple[str, float]:
 
 
 def _exposed(row: Row) -> tuple[str, float]:
-    share = sum(c["exposed"] for c in row["collectives"]) / row["step_s"]
-    return f"{share:.1%}", share
+    fraction = sum(c["exposed"] for c in row["collectives"]) / row["step_s"]
+    return f"{fraction:.1%}", fraction
 
 
 def _spread(row: Row) -> tuple[str, float]:
@@ -132,5 +132,5 @@ def how(report: dict[str, Any]) -> str:
         "Measured: the median of "
         f"{report['measured_steps']} turns after a warm-up, which MFU and rate are of too; the "
         "spread goes from the fastest to "
-        "the slowest. Limiter, exposed share and seconds by part are predicted."
+        "the slowest. Limiter, exposed fraction and seconds by part are predicted."
     )

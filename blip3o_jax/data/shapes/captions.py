@@ -4,7 +4,7 @@ Metadata is a plain dict that JSON can hold:
 
     category   one of `vocabulary.CATEGORIES`
     objects    [{"shape", "colour" | None, "size" | None, "count"}, ...], none for text
-    relation   None, or how the first object lies to the second: left of, right of, above, below
+    relation   None, or of the first object to the second: left of, right of, above, below
     word       None, or the word to be written
 """
 

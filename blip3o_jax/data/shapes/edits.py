@@ -233,8 +233,8 @@ _EDITORS = dict(
 def _meant(rng: random.Random, scene: Scene) -> Thing | None:
     """Return a random object whose colour and shape no other object has; None if there is none."""
     looks = [(t.colour, t.shape) for t in scene.things]
-    alone = [t for t in scene.things if looks.count((t.colour, t.shape)) == 1]
-    return rng.choice(alone) if alone else None
+    unique = [t for t in scene.things if looks.count((t.colour, t.shape)) == 1]
+    return rng.choice(unique) if unique else None
 
 
 def _words(thing: Thing) -> str:

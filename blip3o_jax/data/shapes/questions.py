@@ -79,10 +79,10 @@ def _ask(rng: random.Random, scene: Scene, kind: str) -> tuple[dict[str, str], s
         if len(set(shapes)) > 1 and rng.random() < 0.5:
             return {"many": "objects"}, NUMERALS[len(shapes)]
         return {"many": plural(shape)}, NUMERALS[shapes.count(shape)]
-    alone = [t for t in scene.things if shapes.count(look(t)[0]) == 1]
-    if not alone:
+    unique = [t for t in scene.things if shapes.count(look(t)[0]) == 1]
+    if not unique:
         return None
-    thing = rng.choice(alone)
+    thing = rng.choice(unique)
     shape, colour = look(thing)
     return {"shape": shape}, colour if kind == "colour" else places.of(thing)
 

@@ -284,7 +284,7 @@ ENTRY %main (a: bf16[1024,4096], b: bf16[4096,4096], c: bf16[1024,4096]) -> bf16
 """
 
 
-def test_a_gather_spread_over_fusions_is_one_gather_beside_their_work():
+def test_a_gather_spread_over_fusions_is_one_gather_that_overlaps_their_work():
     network = torus(sizes=(4, 1, 1))
     gather = network.seconds("all-gather", 4096 * 4096 * 2, range(4))
     work = 2 * 1024 * 4096**2 / V5P.flops

@@ -168,12 +168,12 @@ def test_shares_of_limits():
         "cost": {"flops": 989e12, "bytes": 2.4e12},
     }
     about = {"jax": {"device_kind": "NVIDIA H200"}, "torch": {"device_kind": "cpu"}}
-    judged = peer_report.with_rates(item, about)
-    assert judged["sides"]["jax"]["fraction_of_peak"] == pytest.approx(
+    rated = peer_report.with_rates(item, about)
+    assert rated["sides"]["jax"]["fraction_of_peak"] == pytest.approx(
         {"arithmetic": 0.5, "memory": 0.25}
     )
-    assert judged["sides"]["jax"]["rate"] == 5.0
-    assert judged["sides"]["torch"]["fraction_of_peak"] is None
+    assert rated["sides"]["jax"]["rate"] == 5.0
+    assert rated["sides"]["torch"]["fraction_of_peak"] is None
 
 
 def test_the_first_call_of_a_turn_is_not_counted(tmp_path, monkeypatch):

@@ -52,9 +52,9 @@ def test_parameters_that_do_not_divide_are_kept_several_times_over(monkeypatch):
     ],
 )
 def test_what_the_compiler_says_of_too_little_memory(message, used, capacity):
-    told = compiled_step._parse_too_large(f"RESOURCE_EXHAUSTED: {message}")
-    assert told["needs_bytes"] == used * 2**30 and told["capacity_bytes"] == capacity * 2**30
-    assert told["error"] == f"needs {used:.1f} GiB of the {capacity:.1f} GiB that a device has"
+    parsed = compiled_step._parse_too_large(f"RESOURCE_EXHAUSTED: {message}")
+    assert parsed["needs_bytes"] == used * 2**30 and parsed["capacity_bytes"] == capacity * 2**30
+    assert parsed["error"] == f"needs {used:.1f} GiB of the {capacity:.1f} GiB that a device has"
 
 
 def test_the_process_gets_the_flags_of_what_it_compiles_for(monkeypatch):

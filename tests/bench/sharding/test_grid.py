@@ -158,7 +158,7 @@ def test_a_rollouts_columns(tmp_path, monkeypatch, capsys):
     )
 
 
-def test_measured_stands_beside_predicted(tmp_path, monkeypatch, capsys):
+def test_measured_and_predicted_times_are_reported_together(tmp_path, monkeypatch, capsys):
     report, page, said = run(
         tmp_path,
         monkeypatch,

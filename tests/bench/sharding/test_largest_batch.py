@@ -23,7 +23,7 @@ def task(step="train", strategy="fsdp", **optimizer):
     )
 
 
-def compiler(fixed, slope, curve=0.0, told=True, capacity=15.75 * GIB, step="data"):
+def compiler(fixed, slope, curve=0.0, reports_needs=True, capacity=15.75 * GIB, step="data"):
     """Return a compiler that needs fixed + n slope + n^2 curve for n examples a chip."""
 
     def compile_row(task):
@@ -35,7 +35,7 @@ def compiler(fixed, slope, curve=0.0, told=True, capacity=15.75 * GIB, step="dat
                 "memory": {"parameters": fixed / 2 * GIB, "total": total, "capacity": 16 * GIB},
             }
         needs = {"needs_bytes": total, "capacity_bytes": capacity}
-        return {"status": TOO_LARGE, "error": "too large"} | (needs if told else {})
+        return {"status": TOO_LARGE, "error": "too large"} | (needs if reports_needs else {})
 
     return compile_row
 
@@ -49,10 +49,10 @@ def compiler(fixed, slope, curve=0.0, told=True, capacity=15.75 * GIB, step="dat
         ((1, 0.05, -3e-5), 383, 8),
     ],
 )
-@pytest.mark.parametrize("told", [True, False])
-def test_the_largest_that_fits_and_the_smallest_that_does_not(memory, want, most, told):
+@pytest.mark.parametrize("reports_needs", [True, False])
+def test_the_largest_that_fits_and_the_smallest_that_does_not(memory, want, most, reports_needs):
     said = []
-    row = largest_batch.largest(task(), compiler(*memory, told=told), said.append)
+    row = largest_batch.largest(task(), compiler(*memory, reports_needs=reports_needs), said.append)
     found = row["batch_per_chip"]
     assert (
         0 <= want - found <= want // largest_batch.FINE_UNITS

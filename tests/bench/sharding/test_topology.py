@@ -45,7 +45,7 @@ def test_slices_must_be_positive():
         topology.parse("v5p:4x4x4", slices=0)
 
 
-def test_a_missing_compiler_is_told_with_what_to_install(monkeypatch):
+def test_a_missing_compiler_is_reported_with_what_to_install(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install .*\[tpu\]' \(x86-64"):
         topology.check_compiler()

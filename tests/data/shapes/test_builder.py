@@ -41,7 +41,7 @@ def test_every_split_holds_its_scenes(directory: pathlib.Path) -> None:
 
 
 @pytest.mark.parametrize(("split", "size"), [("train", 60), ("test", 14)])
-def test_prompts_lie_beside_the_data(directory: pathlib.Path, split: str, size: int) -> None:
+def test_prompts_are_next_to_the_data(directory: pathlib.Path, split: str, size: int) -> None:
     lines = (directory / f"prompts_{split}.jsonl").read_text(encoding="utf-8").splitlines()
     assert [json.loads(line) for line in lines] == captions.prompts(split, size, seed=1)
 

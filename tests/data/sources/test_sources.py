@@ -295,7 +295,7 @@ def test_tfds(tmp_path: pathlib.Path) -> None:
             for i, caption in enumerate(captions):
                 yield i, {"image": IMAGES[i], "caption": caption, "key": f"k{i}"}
 
-    Tiny.__module__ = "tiny"  # of no package, or TFDS would look for its files beside the tests
+    Tiny.__module__ = "tiny"  # of no package, or TFDS would look for files in its directory
     Tiny(data_dir=str(tmp_path), file_format="array_record").download_and_prepare()
     (tmp_path / "tiny/incomplete.X_1.0.0").mkdir()
     (tmp_path / "tiny/incomplete.X_1.0.0/dataset_info.json").write_text("{}")
@@ -478,7 +478,7 @@ def test_every_task_from_parquet(tmp_path: pathlib.Path) -> None:
 
 
 def test_every_task_from_tfds(tmp_path: pathlib.Path) -> None:
-    """Whose records have all features: what a task does not need is empty."""
+    """Read records that have all features: what a task does not need is empty."""
     import tensorflow_datasets as tfds
 
     words = ("task", "caption", "instruction", "question", "answer")
@@ -505,7 +505,7 @@ def test_every_task_from_tfds(tmp_path: pathlib.Path) -> None:
                 shown = [
                     io.BytesIO(IMAGES[n]) for n in (shown if isinstance(shown, list) else [shown])
                 ]
-                drawn = io.BytesIO(IMAGES[thing.get("image", 3)])  # TFDS wants one
+                drawn = io.BytesIO(IMAGES[thing.get("image", 3)])  # TFDS takes a file
                 yield (
                     i,
                     {"image": drawn, "input_images": shown}
@@ -538,7 +538,7 @@ def test_which_words_a_task_takes(tmp_path: pathlib.Path) -> None:
 
 
 def test_an_image_of_zero_bytes_is_drawn_again_as_it_is(tmp_path: pathlib.Path) -> None:
-    """What is wrong with it is for the decoder to say."""
+    """Leave the error to the decoder."""
     folder = write_folder(tmp_path / "d")
     (folder / "0.png").write_bytes(b"")
     record = opened(folder, task="reconstruct")[0]

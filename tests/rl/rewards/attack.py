@@ -191,8 +191,9 @@ def harm(
 
 
 def ordinary(port: int, seconds: float, clients: int, all_ready, out) -> None:
-    """Put the seconds and statuses of small requests, each tried until it is not told to come
-    back."""
+    """Put the seconds and statuses of small requests, each retried until its answer is not
+    Retry-After.
+    """
     from tests.rl.rewards.in_process import png
 
     all_ready.wait()

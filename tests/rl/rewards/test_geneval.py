@@ -59,7 +59,7 @@ BLUE_STAR = Thing("star", "blue", 0.8, 0.5, 0.27)
     ],
 )
 def test_on_drawn_shapes(tag, include, exclude, wanted):
-    # The larger circle is the surer one: blue, though a red one stands beside it.
+    # The larger circle is the surer one: blue, though there is a red one.
     circles = picture(RED_CIRCLE, Thing("circle", "blue", 0.67, 0.5, 0.52))
     images_BHWC = np.stack([picture(RED_CIRCLE, BLUE_STAR), circles, picture()])
     asked = {"tag": tag, "include": include, "exclude": exclude, "prompt": ""}

@@ -391,7 +391,7 @@ def test_servers_with_different_rewards_are_an_error(answering):
         score(HttpReward([one, other], batch=1), 2)
 
 
-def test_a_wrong_token_or_url_is_told_before_a_run_starts(answering, good, guarded):
+def test_a_wrong_token_or_url_is_reported_before_a_run_starts(answering, good, guarded):
     dead = f"http://127.0.0.1:{free_port()}"
     elsewhere, _ = answering(200, b"<html>")
     broken, _ = answering(500, b'{"error": "broken"}')
@@ -491,9 +491,9 @@ def test_servers_share_a_pools_images_and_one_that_is_killed_is_done_without():
         )
         with RewardPool((reward,), workers=2) as pool:
             for round_ in range(3):
-                judged = pool.submit(images(24), ["a"] * 24, [{}] * 24).result()
-                assert judged.reasons == {}
-                np.testing.assert_allclose(judged.total_B, np.arange(24) / 255, rtol=1e-6)
+                result = pool.submit(images(24), ["a"] * 24, [{}] * 24).result()
+                assert result.reasons == {}
+                np.testing.assert_allclose(result.total_B, np.arange(24) / 255, rtol=1e-6)
                 if round_ == 0:
                     assert min(map(scored_by, urls)) >= 4 and sum(map(scored_by, urls)) == 24
                     servers[0][0].kill()

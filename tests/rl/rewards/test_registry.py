@@ -70,7 +70,7 @@ def test_a_users_function_is_a_reward():
         ("python:builtins.max", {}, "no signature found for builtin"),
     ],
 )
-def test_mistakes_are_told_in_one_line(name, options, message):
+def test_mistakes_are_reported_in_one_line(name, options, message):
     with pytest.raises(ConfigError) as e:
         registry.make(RewardConfig(name, options=tuple(options.items())))
     assert message in str(e.value) and "\n" not in str(e.value)

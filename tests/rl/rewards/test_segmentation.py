@@ -170,7 +170,7 @@ def test_the_whole_reward(directories, rng):
     assert np.isin(scores.total_B, [0, 0.5, 1]).all()
 
 
-def test_what_is_not_there_is_told(directories, tmp_path):
+def test_missing_files_are_reported(directories, tmp_path):
     with pytest.raises(UserError, match="path='' must be a local directory"):
         geneval.create(detector="transformers")
     with pytest.raises(UserError, match="colour_path='/nowhere' must be a local directory"):

@@ -105,7 +105,7 @@ def test_what_is_refused(url, change, status, line):
     assert ask(url, body(png()))[0] == 200  # and it goes on
 
 
-def test_what_is_served_is_told_to_those_with_the_token(url):
+def test_the_served_rewards_are_listed_to_requests_with_the_token(url):
     answer = json.loads(ask(url, None, "/info", "GET")[1])
     assert answer == {"rewards": ["red"], "batch": 16, "max_body": 100_000, "max_pixels": 10_000}
 
@@ -132,7 +132,7 @@ def test_metrics_have_their_own_port_where_that_is_asked():
         assert values['http_requests_total{status="200"}'] == 1 and server.scored == 2
 
 
-def test_requests_beyond_the_limit_are_told_to_come_back():
+def test_requests_beyond_the_limit_get_retry_after():
     red = Red()
     limits = Limits(max_waiting=2)
     with serving(red, limits) as (url, _, _), concurrent.futures.ThreadPoolExecutor(2) as pool:
@@ -158,7 +158,7 @@ def test_requests_beyond_the_limit_are_told_to_come_back():
         assert metrics(url)["reserved_bytes"] == 0
 
 
-def test_requests_that_would_take_too_much_memory_are_told_to_come_back():
+def test_requests_that_would_take_too_much_memory_get_retry_after():
     red = Red()
     limits = Limits(max_body=500_000)
     room = 700_000  # for one

@@ -91,7 +91,7 @@ def test_others_are_served_and_memory_stays_below_its_limit(server):
     assert collections.Counter(status for _, status in found["served"]).keys() == {200}
     statuses = {name: {s for n, s in found["harmed"] if n == name} for name, _ in found["harmed"]}
     assert not {status for some in statuses.values() for status in some} & {500, 504}
-    # Connections that send large bodies may be told to come back, or cut off to make room.
+    # Connections that send large bodies may get Retry-After, or cut off to make room.
     known = {
         "two headers": 400,
         "too large": 400,

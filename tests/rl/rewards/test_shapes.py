@@ -25,7 +25,7 @@ def test_right_images_score_one_at_any_weight(asked, drawn):
         assert scores.total_B.dtype == np.float32
 
 
-def test_wrong_images_are_told_apart_below_the_right_ones(asked, drawn):
+def test_wrong_images_score_below_the_right_ones_by_degree(asked, drawn):
     """Score each image against the next prompt of its category: some are nearly right."""
     scores = create()(np.roll(drawn, 7, axis=0), [""] * COUNT, asked)
     correct_B, shaped_B = scores.parts["correct"], scores.parts["shaped"]
