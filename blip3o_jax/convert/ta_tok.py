@@ -243,9 +243,9 @@ def torch_state(file: pathlib.Path) -> Mapping[str, Any]:
 
 def finish_file(directory: pathlib.Path, cfg: TaTokConfig) -> Sequence[str]:
     """Complete an export of `directory`/ta_tok.safetensors to the published file, with the sizes
-    beside it; return notes for the user.
+    next to it; return notes for the user.
 
-    Without torch the file remains, and the args are written beside it.
+    Without torch the file remains, and the args are written next to it.
     """
     write_json(directory / "ta_tok_config.json", overrides_of(cfg))
     args = args_of(cfg)
