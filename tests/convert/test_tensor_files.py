@@ -65,7 +65,7 @@ def from_torch(x):
 
 @pytest.mark.parametrize("chunk", [2**30, 7])
 def test_written_by_the_library_and_read_here(tmp_path, monkeypatch, chunk):
-    """Also where the system hands out a few bytes at a time."""
+    """Read them also where the system hands out a few bytes at a time."""
     monkeypatch.setattr(tensor_files, "MAX_CALL_BYTES", chunk)
     want = arrays()
     half = lambda x: torch.from_numpy(x.view(np.int16)).view(torch.bfloat16)
@@ -220,7 +220,7 @@ def test_read_json(tmp_path):
 
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "old"])
 def test_torch_files(tmp_path, zipped):
-    """Both of torch's formats; bfloat16, views of larger tensors and single numbers among the
+    """Read both of torch's formats; bfloat16, views of larger tensors and single numbers among the
     tensors.
     """
     base = torch.randn(6, 4)
