@@ -153,7 +153,7 @@ class Blip3o(nnx.Module):
             return embedded_BLD
         features_BRND, span_BR, mask_BR = features
         B, R, N, width = features_BRND.shape
-        with nn.part("connector"):
+        with nn.part("connector"), jax.named_scope("references"):
             # R and N are flattened, since the connector and its constraints are of three
             # dimensions.
             features_BXD = self.feature_connector(features_BRND.reshape(B, R * N, width))
@@ -180,9 +180,10 @@ class Blip3o(nnx.Module):
             if references is not None and editing.latents:
                 z_BRHWC = references.latents_BRHWC
                 assert z_BRHWC is not None, "encode_references made them for this route"
-                reference_tokens_BXC = self.latent_connector(
-                    z_BRHWC.reshape(len(z_BRHWC), -1, z_BRHWC.shape[-1])
-                )
+                with jax.named_scope("references"):
+                    reference_tokens_BXC = self.latent_connector(
+                        z_BRHWC.reshape(len(z_BRHWC), -1, z_BRHWC.shape[-1])
+                    )
                 if keep_references_B is not None:
                     # Zeros after the connector, where the connector's output for zeros is not zero:
                     # dropped in training and unconditional in sampling are then the same condition.
@@ -288,7 +289,7 @@ def encode_references(model: Blip3o, batch: dict[str, jax.Array]) -> References 
         y = encode(pixels_BRHWC.reshape(-1, *pixels_BRHWC.shape[2:]))
         return jax.lax.stop_gradient(y.reshape(*mask_BR.shape, *y.shape[1:]))
 
-    with jax.named_scope("encode"):
+    with jax.named_scope("encode"), jax.named_scope("references"):
         tokenizer_pixels_BRHWC = batch["reference_tokenizer_pixels"]
         features_BRND = (
             encode_each(model.features, tokenizer_pixels_BRHWC) if editing.features else None

@@ -2,7 +2,7 @@
 
 A part is a network with a place in the model; a family is one architecture of it, chosen by the
 type of its settings (`model_type` in JSON and on the command line). A row names the network, its
-conversion and the exceptions in its FLOPs; nothing else in the package names a family.
+conversion and the parameters that stay constant; nothing else in the package names a family.
 Names are "module:attribute" and resolved when they are used, so that the table imports none of what
 stands above or below it.
 """
@@ -26,16 +26,13 @@ class Family:
 
     `settings`: the type of its configuration. `network`: its `nnx.Module`, made as
     `network(settings, *more, rngs=rngs)`, which has the part's protocol. `conversion`: its
-    `convert.conversions.Conversion`, "" without a stock class. `unused_flops`: the function
-    (settings, rows, length) -> FLOPs of one product of attention that the traced program spends
-    on pairs of tokens that do not see each other; "" where every FLOP counts. `constant`: the paths
+    `convert.conversions.Conversion`, "" without a stock class. `constant`: the paths
     of parameters that keep their initial values in training unless the configuration names them.
     """
 
     settings: type
     network: str
     conversion: str = ""
-    unused_flops: str = ""
     constant: tuple[str, ...] = ()
 
 
@@ -123,13 +120,11 @@ PART_TABLE: dict[str, PartSpec] = {
                 Qwen3Config,
                 "blip3o_jax.ar.qwen3:Qwen3",
                 "blip3o_jax.convert.conversions:QWEN3",
-                "blip3o_jax.ar.attention:acausal_flops",
             ),
             Family(
                 Qwen2Config,
                 "blip3o_jax.ar.qwen2:Qwen2",
                 "blip3o_jax.convert.conversions:QWEN2",
-                "blip3o_jax.ar.attention:acausal_flops",
             ),
         ),
         seed_index=2,

@@ -15,7 +15,7 @@ import numpy as np
 
 from blip3o_jax import nn
 from blip3o_jax.ar.splash import splash
-from blip3o_jax.config import ConfigError, LanguageModelConfig
+from blip3o_jax.config import ConfigError
 
 RotaryEmbedding = tuple[jax.Array, jax.Array]
 
@@ -123,10 +123,12 @@ def _xla(
     # Heads precede tokens in all factors, the layout of a batched product: otherwise XLA transposes
     # them on CPUs.
     q_BGRLK = q_BLHK.reshape(B, L, G, H // G, K).transpose(0, 2, 3, 1, 4)
-    scores = (
-        jnp.einsum("BGRLK,BSGK->BGRLS", q_BGRLK, k_BSGK, preferred_element_type=jnp.float32)
-        * K**-0.5
-    )
+    # The scope marks the products over pairs of positions, of which half are seen (train/flops.py).
+    with jax.named_scope("pairs"):
+        scores = (
+            jnp.einsum("BGRLK,BSGK->BGRLS", q_BGRLK, k_BSGK, preferred_element_type=jnp.float32)
+            * K**-0.5
+        )
     mask_BLS = attention_mask(query_segments_BL, key_segments_BS, query_start)
     # The mask value is finite: all keys of a padding query are masked, and a softmax over -inf only
     # is NaN, as is its gradient.
@@ -134,7 +136,8 @@ def _xla(
     # The weights are rounded to the compute dtype only after the softmax, as in transformers' eager
     # attention.
     weights = jax.nn.softmax(scores, axis=-1).astype(v_BSGK.dtype)
-    o_BGRLK = jnp.einsum("BGRLS,BSGK->BGRLK", weights, v_BSGK)
+    with jax.named_scope("pairs"):
+        o_BGRLK = jnp.einsum("BGRLS,BSGK->BGRLK", weights, v_BSGK)
     return o_BGRLK.transpose(0, 3, 1, 2, 4).reshape(B, L, H, K)
 
 
@@ -153,16 +156,6 @@ def dot_product(
     return jax.nn.dot_product_attention(
         q_BLHK, k_BSGK, v_BSGK, mask=mask_BLS[:, None], implementation=implementation
     )
-
-
-def acausal_flops(cfg: LanguageModelConfig, rows: int, length: int) -> int:
-    """Return the FLOPs above the diagonal of one product of attention, in all layers.
-
-    They are spent if the product is computed over all pairs of positions.
-    """
-    # A row of L queries has L (L - 1) / 2 pairs whose key follows the query.
-    pairs = rows * length * (length - 1) // 2
-    return 2 * pairs * cfg.num_attention_heads * cfg.head_dim * cfg.num_hidden_layers
 
 
 IMPLEMENTATIONS: dict[str, Callable[..., jax.Array]] = {

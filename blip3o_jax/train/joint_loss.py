@@ -129,8 +129,26 @@ def joint_normalizers(batch: dict[str, jax.Array], examples: int) -> dict[str, j
 
 
 def joint_totals(batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """Return the number of tokens of a batch, padding not counted."""
-    return {"tokens": jnp.sum(batch["segment_ids"] > 0)}
+    """Return what a batch holds beside padding, and the room for it: `examples` in `slots`,
+    `tokens` in `row_tokens`; `pairs` of a token and one it sees, itself included; `labels`, images
+    to generate (`targets`) and reference images.
+    """
+    real_BL = batch["segment_ids"] > 0
+    # float32: the pairs of a large batch exceed int32.
+    count = lambda x: jnp.sum(x.astype(jnp.float32))
+    found = {
+        # Examples are numbered within their row.
+        "examples": count(jnp.max(batch["segment_ids"], axis=1)),
+        "slots": jnp.float32(batch["image_span"].size),
+        "tokens": count(real_BL),
+        "row_tokens": jnp.float32(real_BL.size),
+        "pairs": count(jnp.where(real_BL, batch["positions"] + 1, 0)),
+        "labels": count(batch["loss_mask"][:, 1:]),
+    }
+    found["targets"] = count(batch["target"]) if "target" in batch else found["examples"]
+    if "reference_mask" in batch:
+        found["references"] = count(batch["reference_mask"])
+    return found
 
 
 def joint_preview(

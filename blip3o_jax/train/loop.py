@@ -6,6 +6,7 @@ metrics of the step before are read. With several hosts each runs this loop: arr
 host 0 alone writes metrics, messages and the files next to the checkpoints.
 """
 
+import collections
 import contextlib
 import dataclasses
 import functools
@@ -15,7 +16,7 @@ import resource
 import shlex
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -30,14 +31,14 @@ from blip3o_jax.parallel.rules import Strategy
 from blip3o_jax.parallel.watchdog import Watchdog
 from blip3o_jax.text.vocabulary import Vocabulary
 from blip3o_jax.train.checkpoint import RECIPE, Checkpoints
-from blip3o_jax.train.flops import peak_flops
+from blip3o_jax.train.flops import StepFlops, peak_flops
 from blip3o_jax.train.initialize import restore_or_create
 from blip3o_jax.train.memory import check_memory
 from blip3o_jax.train.metrics import GROUPS, MetricLog, SilentLog, Spent
 from blip3o_jax.train.profile_window import ProfileWindow
 from blip3o_jax.train.stages import Batch
 from blip3o_jax.train.state import StatePlan, TrainState, plan_state
-from blip3o_jax.train.train_step import example_keys
+from blip3o_jax.train.train_step import TOTALS, example_keys
 from blip3o_jax.train.workdir import WorkdirLock
 
 
@@ -105,7 +106,7 @@ class TrainerSpec(NamedTuple):
     batches: BatchIterator
     step: Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
     preview: Callable[..., jax.Array] | None = None
-    flops: Callable[[Batch], float] | None = None
+    flops: Callable[[Batch], StepFlops] | None = None
     evaluate: Callable[[TrainState], dict[str, float]] | None = None
 
 
@@ -344,7 +345,8 @@ class _Run:
         self.checkpoints.check()
         # One transfer for all metrics; this waits for the step.
         numbers = {name: float(value) for name, value in jax.device_get(metrics).items()}
-        meter.count(numbers.pop("tokens", None))
+        totals = [name for name in numbers if name.startswith(f"{TOTALS}/")]
+        meter.count({name.removeprefix(f"{TOTALS}/"): numbers.pop(name) for name in totals})
         values = host_metrics | with_groups(numbers)
         meter.losses.append(values["train/loss"])
         # Checked on the host, one step late: the device's loop needs no answer, and steps that are
@@ -437,7 +439,7 @@ class _Meter:
 
     def __init__(self, config: Config):
         self.config = config
-        self.flops: float | None = None  # of one step
+        self.flops: StepFlops | None = None
         self.losses: list[float] = []
         self._reset()
 
@@ -445,12 +447,13 @@ class _Meter:
         self.steps = 0
         self.waited = 0.0
         self._since = time.monotonic()
-        self.tokens: float | None = 0.0
+        self.totals: dict[str, float] = collections.defaultdict(float)
 
-    def count(self, tokens: float | None) -> None:
-        """Count a step and the tokens of its batch, None where the stage has none."""
+    def count(self, totals: Mapping[str, float]) -> None:
+        """Count a step and the totals of its batch."""
         self.steps += 1
-        self.tokens = None if tokens is None else (self.tokens or 0.0) + tokens
+        for name, value in totals.items():
+            self.totals[name] += value
 
     def mean_loss(self) -> float:
         """Return the mean of the finite losses since the last call, by which the best checkpoint is
@@ -463,20 +466,27 @@ class _Meter:
     def read(self) -> dict[str, float]:
         """Return rates and memory since the last reading, and start over."""
         seconds = max(1e-9, time.monotonic() - self._since)
+        totals = self.totals
+        examples = totals.get("examples", self.steps * self.config.data.batch_size)
         values = {
             "perf/step_time_seconds": seconds / max(1, self.steps),
-            "perf/examples_per_s": self.steps * self.config.data.batch_size / seconds,
+            "perf/examples_per_s": examples / seconds,
             "perf/data_wait_fraction": self.waited / seconds,
             # ru_maxrss is in KiB on Linux.
             "perf/host_memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
         }
-        if self.tokens is not None:
-            values["perf/tokens_per_s"] = self.tokens / seconds
+        if "tokens" in totals:
+            values["perf/tokens_per_s"] = totals["tokens"] / seconds
+        if "slots" in totals and self.steps:
+            values["data/filled_slots"] = totals["examples"] / totals["slots"]
+            values["data/filled_tokens"] = totals["tokens"] / totals["row_tokens"]
         if self.flops is not None:
-            rate = self.flops * self.steps / seconds / jax.device_count()
-            values["perf/tflops_per_device"] = rate / 1e12
+            rate = 1 / seconds / jax.device_count()
+            model = self.flops.model * self.steps * rate
+            values["perf/tflops_per_device"] = model / 1e12
             if peak := peak_flops(jax.devices()[0]):
-                values["perf/mfu"] = rate / peak
+                values["perf/mfu"] = model / peak
+                values["perf/useful_mfu"] = self.flops.useful(totals, self.steps) * rate / peak
         stats = jax.local_devices()[0].memory_stats()
         if stats:
             values["perf/device_memory_gib"] = stats.get("peak_bytes_in_use", 0) / 2**30

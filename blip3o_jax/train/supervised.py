@@ -24,7 +24,7 @@ from blip3o_jax.text.vocabulary import Vocabulary
 from blip3o_jax.train import loop
 from blip3o_jax.train.encode import encoded_source, make_encode
 from blip3o_jax.train.fingerprint import weights_fingerprint
-from blip3o_jax.train.flops import model_flops, peak_flops
+from blip3o_jax.train.flops import peak_flops, step_flops
 from blip3o_jax.train.held_out import HeldOutLosses
 from blip3o_jax.train.loop import RunContext, Summary, TrainerSpec
 from blip3o_jax.train.metrics import MetricLog, SilentLog
@@ -109,7 +109,7 @@ class Supervised:
         )
         preview = make_preview(config, context.image_token_offset)
         measured = peak_flops(jax.devices()[0]) is not None
-        flops = functools.partial(model_flops, config, strategy) if measured else None
+        flops = functools.partial(step_flops, config, strategy) if measured else None
         data_metrics = _unused([source for source, _ in self._sources])
         # Last, since it starts a thread and worker processes, which an exception above would leak.
         batches = _PrefetchedBatches(

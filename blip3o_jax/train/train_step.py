@@ -18,6 +18,7 @@ from blip3o_jax.train.stages import Batch, Loss
 from blip3o_jax.train.state import StatePlan, TrainState
 
 Metrics = dict[str, jax.Array]
+TOTALS = "totals"  # group of the metrics that are sums over a batch (`Loss.totals`)
 
 
 def example_keys(seed: int, step: jax.Array | int, rows: int) -> jax.Array:
@@ -144,7 +145,8 @@ def make_step(
         }
         # The optimizer's own count skips steps that are not applied; the metric does too.
         rate = schedule(state["step"] - state["skipped_steps"])
-        metrics |= norms | counters | {"grad_norm": norm, "learning_rate": rate} | totals
+        metrics |= norms | counters | {"grad_norm": norm, "learning_rate": rate}
+        metrics |= {f"{TOTALS}/{name}": value for name, value in totals.items()}
         return {
             "params": keep(params, state["params"]),
             "frozen": state["frozen"],

@@ -1,13 +1,19 @@
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import nnx
 
 from blip3o_jax import nn
 from blip3o_jax.ar.qwen3 import Qwen3
+from blip3o_jax.config import MeshConfig
+from blip3o_jax.parallel.rules import Strategy
 from blip3o_jax.train import flops
 from blip3o_jax.train.flops import count_flops
+from blip3o_jax.train.joint_loss import joint_totals
 from tests import tiny
+
+ROW = {"tokens": "int32", "segment_ids": "int32", "positions": "int32", "loss_mask": "float32"}
 
 
 def zeros(*shape):
@@ -111,6 +117,59 @@ def test_the_decoder_costs_what_its_matrices_say():
     )
     want = 2 * B * L * weights + cfg.num_hidden_layers * 4 * B * L * L * heads
     assert count_flops(forward, state, ints, ints, ints) == pytest.approx(want, rel=0.02)
+
+
+def test_useful_flops_are_those_of_real_tokens_and_images():
+    """Count a step by hand: for each weight six FLOPs a token, for each channel of the heads twelve
+    a pair of tokens that see each other, and for each logit six times the width a label.
+    """
+    cfg = tiny.run_config(data={"batch_size": 4, "pack": 2, "max_length": 24})
+    ar = cfg.model.ar
+    rows = {name: ((2, 24), dtype) for name, dtype in ROW.items()}
+    side, seen = cfg.model.image_size, cfg.model.tokenizer.image_size
+    shapes = rows | {
+        "image_span": ((2, 2), "int32"),
+        "target": ((2, 2), "float32"),
+        "bad_records": ((2, 2), "int32"),
+        "pixels": ((2, 2, side, side, 3), "uint8"),
+        "tokenizer_pixels": ((2, 2, seen, seen, 3), "uint8"),
+    }
+    batch = {name: jax.ShapeDtypeStruct(*shape) for name, shape in shapes.items()}
+    strategy = Strategy.of(MeshConfig(data=1, fsdp=1, strategy="dp"), jax.devices()[:1])
+    counted = flops.step_flops(cfg, strategy, batch)
+
+    d, width = ar.hidden_size, ar.num_attention_heads * ar.head_dim
+    kv = ar.num_key_value_heads * ar.head_dim
+    weights = ar.num_hidden_layers * (d * (2 * width + 2 * kv) + 3 * d * ar.intermediate_size)
+    by_token = 6 * weights
+    by_pair = 12 * ar.num_hidden_layers * width
+    by_label = 6 * d * ar.padded_vocab_size
+    assert counted.counted["tokens"] == by_token * 2 * 24
+    assert counted.counted["pairs"] == by_pair * 2 * (24 * 25 / 2)
+    # Both rows have room for so many labels: those of two images, each with its end of turn.
+    room = 2 * min(2 * (cfg.model.tokenizer.num_tokens + 8), 23)
+    assert counted.counted["labels"] == by_label * room
+    images = counted.counted["targets"]
+    assert counted.model == sum(counted.counted.values()) and images > 0
+
+    # Examples of 5 and 7 tokens with two labels each; one of 6 with three, a question; no fourth.
+    lengths = [[5, 7], [6]]
+    arrays = {name: np.zeros((2, 24), dtype) for name, dtype in ROW.items()}
+    for row, own in enumerate(lengths):
+        for number, (start, length) in enumerate(zip(np.cumsum([0, *own]), own, strict=False)):
+            arrays["segment_ids"][row, start : start + length] = number + 1
+            arrays["positions"][row, start : start + length] = np.arange(length)
+            arrays["loss_mask"][row, start + length - 2 - row : start + length] = 1
+    arrays |= {"image_span": np.zeros((2, 2)), "target": np.array([[1, 1], [0, 0]])}
+    totals = {name: float(value) for name, value in joint_totals(arrays).items()}
+    assert (totals["examples"], totals["slots"], totals["row_tokens"]) == (3, 4, 48)
+    want = (
+        by_token * (5 + 7 + 6) + by_pair * (15 + 28 + 21) + by_label * (2 + 2 + 3) + images * 2 / 4
+    )
+    assert set(counted.counted) == {"tokens", "pairs", "labels", "targets"}
+    assert counted.useful(totals, 1) == pytest.approx(want, rel=1e-6)
+    twice = {name: 2 * value for name, value in totals.items()}
+    assert counted.useful(twice, 2) == pytest.approx(2 * want, rel=1e-6)
 
 
 def test_a_cpu_has_no_published_peak():

@@ -123,6 +123,8 @@ def test_a_run_writes_metrics_config_and_command(whole):
         "train/learning_rate",
         "perf/examples_per_s",
         "perf/tokens_per_s",
+        "data/filled_slots",
+        "data/filled_tokens",
         "perf/step_time_seconds",
         "perf/data_wait_fraction",
     }
@@ -501,6 +503,7 @@ def test_mfu_is_reported_where_the_peak_is_known(whole, tmp_path, monkeypatch):
     # Three times the decoder's two FLOPs for each token and weight, and what the other parts cost.
     per_step = row["perf/mfu"] * 8e12 * 8 / row["perf/examples_per_s"]
     assert row["perf/tflops_per_device"] == pytest.approx(row["perf/mfu"])  # of 1 TFLOP/s
+    assert 0 < row["perf/useful_mfu"] < row["perf/mfu"]
     ar = tiny.prepared()[0].model.ar
     weights = 2 * (32 * (2 * 32 + 2 * 16) + 3 * 32 * 64) + 32 * ar.padded_vocab_size
     assert 1 < per_step / (6 * weights * 8 * 32) < 4
