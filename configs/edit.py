@@ -14,8 +14,9 @@ Hardware: as configs/instruct.py, with latents of twice the width in the DiT (`-
 Duration: unknown; the published tuning has about 7000 steps at batch 128.
 Expected: depends on the data. Sizes of 1.7B have not been run here.
 
-Rows of 2048 tokens hold an instruction, one reference image of 729 tokens and the target image.
-More references: `--config.model.editing.reference_slots=2 --config.data.max_length=3072`.
+Rows have room for the mixture's longest examples (data.max_length=0): an instruction, reference
+images of 729 tokens each and the target image. With `--config.data.pack=2` a short example shares
+its row with a long one. More references: `--config.model.editing.reference_slots=2`.
 """
 
 import dataclasses
@@ -37,9 +38,7 @@ def get_config(path: str) -> config.Config:
         steps=7_000,
         log_every=50,
         model=dataclasses.replace(base.model, editing=editing),
-        data=dataclasses.replace(
-            base.data, batch_size=128, workers=16, max_length=max(2048, base.data.max_length)
-        ),
+        data=dataclasses.replace(base.data, batch_size=128, workers=16, max_length=0),
         optimizer=config.OptimizerConfig(learning_rate=5e-5, end_learning_rate=1e-5),
         checkpoint=dataclasses.replace(base.checkpoint, every=500),
     )

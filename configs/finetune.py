@@ -30,7 +30,7 @@ def get_config(path: str) -> config.Config:
         base,
         steps=7_000,
         log_every=50,
-        data=dataclasses.replace(base.data, batch_size=128, workers=16),
+        data=dataclasses.replace(base.data, batch_size=128, max_length=0, workers=16),
         optimizer=config.OptimizerConfig(learning_rate=5e-5, end_learning_rate=1e-5),
         checkpoint=dataclasses.replace(base.checkpoint, every=500),
     )

@@ -29,6 +29,8 @@ Where the sources differ or do not say:
                      The DiT is float32: its caption layers are trained. The encoders run at every
                      step; with `--config.data.cache_dir=DIR` they run once for each image, which
                      saves a fifth of the work over several epochs.
+    row length       not stated; chosen by the captions here (data.max_length=0): rows of 1,152
+                     tokens have room for captions of 350.
     recomputation    the reference recomputes every layer in the backward pass. Here the results of
                      matrix products and, on TPUs, of attention are kept (5 GB for an example of
                      2048 tokens); to save memory, --config.model.ar.remat=full and
@@ -54,7 +56,7 @@ def get_config(size: str = "1.7b") -> config.Config:
             dit=dataclasses.replace(dit, remat="dots"),
             vae=config.DcAeConfig(param_dtype="bfloat16"),
         ),
-        data=config.DataConfig(batch_size=512, max_length=2048, workers=16),
+        data=config.DataConfig(batch_size=512, max_length=0, workers=16),
         optimizer=config.OptimizerConfig(
             learning_rate=5e-5,
             end_learning_rate=1e-5,

@@ -52,11 +52,17 @@ class DataConfig(ConfigGroup, path="data"):
     sources: tuple[SourceConfig, ...] = ()
     """Data sets of a mixture. That of `path`, if one is given, joins them with weight 1."""
     batch_size: BatchSize = 512
-    """Examples of a step, on all devices together."""
-    max_length: Annotated[int, Bounds(1, 2**20)] = 1152
-    """Tokens of a row, prompt and image together."""
+    """Examples of a step, on all devices together; with `pack` above 1 slots, of which few stay
+    empty.
+    """
+    max_length: Annotated[int, Bounds(0, 2**20)] = 1152
+    """Tokens of a row, prompt and image together. 0 chooses a multiple of 128 by the examples'
+    lengths, with which the run also resumes.
+    """
     pack: Annotated[int, Bounds(1, 4096)] = 1
-    """Examples that share a row, one after the other: short ones leave room for long ones."""
+    """Examples that share a row at most, one after the other. Which ones do is planned by their
+    lengths, so that rows are full.
+    """
     crop: Literal["shared", "reference"] = "shared"
     """`shared` gives tokenizer and autoencoder the same centre crop. `reference` does as the
     published pipelines: the tokenizer sees the whole image, squashed to a square.

@@ -21,10 +21,10 @@ from typing import Any
 
 import numpy as np
 
-from blip3o_jax.config import DataConfig, ModelConfig
+from blip3o_jax.config import DataConfig, ModelConfig, to_dict
 from blip3o_jax.data import images, sequence
 from blip3o_jax.data.encoded import EncodedRecord
-from blip3o_jax.data.record import BadRecord, Record, RowTooLong
+from blip3o_jax.data.record import BadRecord, Record
 from blip3o_jax.text.vocabulary import Vocabulary
 
 FIELDS = ("pixels", "tokenizer_pixels", "caption", "row")
@@ -49,6 +49,8 @@ class ExampleBuilder:
 
     def __call__(self, record: Record) -> dict[str, np.ndarray]:
         example: dict[str, Any] = {}
+        # The row first: a text that is too long costs no decoding.
+        row = self._row(record) if "row" in self.fields else {}
         if _VIEWS & set(self.fields):
             example |= (
                 record.outputs if isinstance(record, EncodedRecord) else self._views_of(record)
@@ -61,39 +63,65 @@ class ExampleBuilder:
                 record.key,
                 self.data.too_long == "truncate",
             )
-        if "row" in self.fields:
-            example |= self._row(record, self.data.max_length)
-        return example
+        return example | row
 
     def join(
         self, examples: Sequence[dict[str, np.ndarray]], records: Sequence[Record]
     ) -> dict[str, np.ndarray]:
-        """Pack `data.pack` examples, made of `records`, into one row. Raises RowTooLong if they do
-        not fit; with data.too_long="truncate" the longest ones are built again from less text."""
+        """Pack up to `data.pack` examples, made of `records`, into one row. Raises RowTooLong if
+        they do not fit.
+        """
         keys = [record.key for record in records]
-        try:
-            return sequence.pack_rows(examples, keys, self.data.max_length)
-        except RowTooLong as error:
-            if self.data.too_long != "truncate":
-                raise
-            length = sequence.max_example_length(examples, self.data.max_length)
-            try:
-                examples = [
-                    example | self._row(record, length)
-                    # Only the examples that are longer than their part of the row are built again.
-                    if np.count_nonzero(example["segment_ids"]) > length
-                    else example
-                    for example, record in zip(examples, records, strict=True)
-                ]
-            except RowTooLong:  # too long even without any text
-                raise error from None
-            return sequence.pack_rows(examples, keys, self.data.max_length)
+        return sequence.pack_rows(examples, keys, self.data.max_length, self.data.pack)
 
-    def _row(self, record: Record, max_length: int) -> dict[str, np.ndarray]:
+    def length(self, record: Record) -> int:
+        """Return the tokens of a record's text: of its row, or of its caption alone, in a row
+        without limit.
+        """
+        if "row" not in self.fields:
+            return len(self._vocab().encode(record.caption)) + 1  # end-of-turn
+        self._check_task(record)
+        tokenizer = self.model.tokenizer
+        return sequence.example_length(
+            self._vocab(),
+            self.model.template,
+            record.task,
+            record.caption,
+            record.answer,
+            references=len(record.references),
+            reference_slots=self.model.editing.reference_slots,
+            num_image_tokens=tokenizer.num_tokens,
+            pool_scale=tokenizer.pool_scale,
+            key=record.key,
+            truncate=self.data.too_long == "truncate",
+        )
+
+    def length_settings(self) -> list[Any]:
+        """Return all that `length` depends on in addition to the record."""
+        tokenizer = self.model.tokenizer
+        return [
+            self._vocab().tokenizer.fingerprint,
+            "row" in self.fields,
+            to_dict(self.model.template),
+            self.model.editing.reference_slots,
+            tokenizer.num_tokens,
+            self.data.too_long == "truncate",
+        ]
+
+    def _check_task(self, record: Record) -> None:
+        if record.task != "t2i" and not self.model.editing.reference_slots:
+            raise BadRecord(
+                record.shard,
+                record.key,
+                f"task {record.task} shows images: set model.editing.reference_slots",
+            )
+
+    def _row(self, record: Record) -> dict[str, np.ndarray]:
+        self._check_task(record)
         tokenizer = self.model.tokenizer
         reference_slots = self.model.editing.reference_slots
         lengths: dict[str, Any] = {
-            "max_length": max_length,
+            "max_length": self.data.max_length,
             "pool_scale": tokenizer.pool_scale,
             "key": record.key,
             "truncate": self.data.too_long == "truncate",
@@ -109,12 +137,6 @@ class ExampleBuilder:
                 reference_slots=reference_slots,
                 num_image_tokens=tokenizer.num_tokens,
                 **lengths,
-            )
-        if record.task != "t2i":
-            raise BadRecord(
-                record.shard,
-                record.key,
-                f"task {record.task} shows images: set model.editing.reference_slots",
             )
         return sequence.text_to_image_row(
             self._vocab(),

@@ -1,7 +1,7 @@
 """Read records and turn them into rows. Unusable records are skipped, and the row reports them.
 
-record id (source, index) -> record -> transform -> row
-BadRecord -> the next record, see `_RecordSearch`
+record ids (source, index) of a row -> records -> transform -> join -> row
+BadRecord of a row's last usable record -> the next record, see `_RecordSearch`
 """
 
 import dataclasses
@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from blip3o_jax.config import UserError
+from blip3o_jax.data.packing import RowIds
 from blip3o_jax.data.record import (
     TOO_LONG,
     BadRecord,
@@ -35,6 +36,8 @@ Join = Callable[[Sequence[Row], Sequence[Record]], Row]
 # of ten unusable, one search in 10^5 fails.
 MAX_SKIPPED = 128
 NEIGHBOURS = 16
+REPORT_FIELDS = ("seen", "unreadable", "shards", "skipped")
+_NO_SLOT = "has {length} examples, a row has slots for {max_length}"
 # A row's report of the records skipped for it: JSON in ASCII, at most this many bytes.
 _REPORT_BYTES = 4096
 
@@ -45,52 +48,82 @@ class BadRecordLimit(UserError):
 
 @dataclasses.dataclass(frozen=True)
 class Reader:
-    """Read `data.pack` record ids (source, index) as one row: the transform's arrays, joined where
-    there are several.
+    """Read the records of a row: the transform's arrays, joined where up to E examples share it. A
+    record that cannot be used leaves its slot empty; a row of which no record can be used takes the
+    next usable record of the source.
 
     These arrays are added:
 
-        bad_records  int32 [] or [E]  records skipped for each example because they cannot be read
-        _shards      int64 [] or [E]  CRC-32 of the name of the shard that each example was read
-                                      from
-        _skipped     bytes            a report on the records skipped, the too long ones included
+        bad_records  int32 [] or [E]  records skipped because they cannot be read; [0] has all
+        _after       int64 [3]        the row's `after`, with packing
+
+    and a report, for the loader, under the names of REPORT_FIELDS with "_" before them:
+
+        seen         int32            records of the row
+        unreadable   int32            those of them that cannot be read
+        shards       int64 [] or [E]  CRC-32 of the name of the shard that each example was read
+                                      from; of the first example in empty slots
+        skipped      bytes            on the records skipped, the too long ones included
     """
 
     sources: tuple[Source, ...]
     transform: Transform
     join: Join | None
     too_long: str
+    pack: int = 1
 
-    def __call__(self, record_ids: Sequence[tuple[int, int]]) -> dict[str, Any]:
+    def __call__(self, row: RowIds) -> dict[str, Any]:
         searches = [
-            _RecordSearch(self, self.sources[source], index) for source, index in record_ids
+            _RecordSearch(self, self.sources[source], index) for source, index in row.records
         ]
-        found = [search.next() for search in searches]
-        while True:
-            try:
-                [*rows], [*records] = zip(*found, strict=True)
-                row = (
-                    rows[0]
-                    if self.join is None or len(record_ids) == 1
-                    else self.join(rows, records)
-                )
-                break
-            except RowTooLong as error:
-                # Of the examples that would share the row, the longest is replaced.
-                record = records[error.which]
-                reason = f"shares a row that {error.reason}"
-                searches[error.which].skip(BadRecord(record.shard, record.key, reason, TOO_LONG))
-                found[error.which] = searches[error.which].next()
+        found = [(search, *one) for search in searches if (one := search.try_one()) is not None]
+        unreadable = sum(bool(search.bad()) for search in searches)
+        if not found:
+            found = [(searches[0], *searches[0].next())]
+        arrays = self._joined(found)
         skipped = [record for search in searches for record in search.skipped]
-        bad = [sum(record.kind != TOO_LONG for record in search.skipped) for search in searches]
-        shards = [zlib.crc32(_shard_name(record.shard).encode()) for record in records]
-        # Scalars without packing: batches then have [B], not [B, 1].
-        one = (lambda values: values[0]) if len(record_ids) == 1 else (lambda values: values)
-        return row | {
-            "bad_records": np.array(one(bad), np.int32),
-            "_shards": np.array(one(shards), np.int64),
+        bad = sum(search.bad() for search in searches)
+        shards = [zlib.crc32(_shard_name(record.shard).encode()) for _, _, record in found]
+        report = {
+            "_seen": np.array(len(searches), np.int32),
+            "_unreadable": np.array(unreadable, np.int32),
             "_skipped": pack_report(skipped),
         }
+        if self.pack == 1:  # scalars: batches then have [B], not [B, 1]
+            return (
+                arrays
+                | {
+                    "bad_records": np.array(bad, np.int32),
+                    "_shards": np.array(shards[0], np.int64),
+                }
+                | report
+            )
+        empty = self.pack - len(found)
+        return (
+            arrays
+            | {
+                "bad_records": np.array([bad, *[0] * (self.pack - 1)], np.int32),
+                "_shards": np.array(shards + shards[:1] * empty, np.int64),
+                "_after": np.array(row.after, np.int64),
+            }
+            | report
+        )
+
+    def _joined(self, found: list[tuple["_RecordSearch", Row, Record]]) -> Row:
+        """Return the arrays of the row; `found` loses what does not fit in it."""
+        if self.join is None or self.pack == 1:
+            return found[0][1]
+        while True:
+            _, rows, records = zip(*found, strict=True)
+            try:
+                if len(rows) > self.pack:
+                    raise RowTooLong(records[-1].key, len(rows), self.pack, _NO_SLOT)
+                return self.join(rows, records)
+            except RowTooLong as error:
+                # A record without a slot, since it could not be read when the rows were planned.
+                search, _, record = found.pop()
+                reason = f"shares a row that {error.reason}"
+                search.skip(BadRecord(record.shard, record.key, reason, TOO_LONG))
 
 
 class _RecordSearch:
@@ -103,16 +136,24 @@ class _RecordSearch:
         self._tried = 0
         self.skipped: list[BadRecord] = []
 
+    def try_one(self) -> tuple[Row, Record] | None:
+        """Return the next record to try, at first that at the start, and its row; None if it cannot
+        be used.
+        """
+        index = self._index()
+        self._tried += 1
+        try:
+            return read_record(self._source, index, self._with_row)
+        except BadRecord as error:
+            self.skip(error)
+            return None
+
     def next(self) -> tuple[Row, Record]:
         """Return the next usable record and its row. Raises BadRecordLimit if none is found."""
         limit = min(len(self._source), MAX_SKIPPED)
         while self._tried < limit:
-            index = self._index()
-            self._tried += 1
-            try:
-                return read_record(self._source, index, self._with_row)
-            except BadRecord as error:
-                self.skip(error)
+            if (found := self.try_one()) is not None:
+                return found
         last = _describe(self.skipped[-1])
         raise BadRecordLimit(
             f"{self._source.name}: {limit} records in a row cannot be used, the last {last}; "
@@ -135,6 +176,10 @@ class _RecordSearch:
         near = round(0.618 * size)
         step = next(step for step in itertools.count(near) if math.gcd(step, size) == 1)
         return (self._start + (self._tried - NEIGHBOURS + 1) * step) % size
+
+    def bad(self) -> int:
+        """Return how many of the skipped records cannot be read."""
+        return sum(record.kind != TOO_LONG for record in self.skipped)
 
     def skip(self, record: BadRecord) -> None:
         if record.kind == TOO_LONG and self._reader.too_long == "error":

@@ -82,7 +82,6 @@ class RowTooLong(UserError):
     Attributes:
       reason: what is too long.
       cure: what to do.
-      which: the index of the longest example, where several examples share the row.
     """
 
     def __init__(
@@ -92,16 +91,14 @@ class RowTooLong(UserError):
         max_length: int,
         reason: str = "needs {length} tokens, a row has {max_length}",
         cure: str = "shorten its caption or raise data.max_length",
-        which: int = 0,
     ) -> None:
         # Exceptions pickle by their arguments, and this one comes from the data workers.
-        super().__init__(key, length, max_length, reason, cure, which)
+        super().__init__(key, length, max_length, reason, cure)
         self.key = key
         self.length = length
         self.max_length = max_length
         self.reason = reason.format(length=length, max_length=max_length)
         self.cure = cure
-        self.which = which
 
     def __str__(self) -> str:
         return f"example {self.key!r} {self.reason}: {self.cure}"

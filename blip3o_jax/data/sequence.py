@@ -29,9 +29,9 @@ stands for the ids of the filled-in user turn, u and a for those of "user\n" and
 - Segment ids separate the examples of a packed row, 0 is padding; positions restart at each
   example and run on through the padding.
 
-With `data.pack` E above 1 a row holds E examples, one after the other (`pack_rows`). Arrays of
-ROW_FIELDS have the leading dimension [rows], all others [rows, examples] until
-`rows.flatten_packed` merges the two.
+With `data.pack` E above 1 a row holds up to E examples, one after the other (`pack_rows`). Arrays
+of ROW_FIELDS have the leading dimension [rows], all others [rows, E] until `rows.flatten_packed`
+merges the two; the slots of absent examples come last and have `target` 0.
 
 Legend: B examples of a batch, or its rows; L row length, D width, N image tokens, E examples of a
 row.
@@ -126,11 +126,7 @@ def task_row(
     and UserError for more references than slots. With `truncate`, text and answer are cut to what
     fits.
     """
-    if references > reference_slots:
-        raise UserError(
-            f"example {key!r} has {references} reference images, a row has slots for"
-            f" {reference_slots}: leave some out or raise model.editing.reference_slots"
-        )
+    _check_references(references, reference_slots, key)
     has_target = task != "understand"
     if has_target:
         tokens = _image_answer(vocab, num_image_tokens, key)
@@ -157,6 +153,44 @@ def task_row(
         "reference_span": spans_R,
         "reference_mask": (np.arange(reference_slots) < references).astype(np.float32),
     }
+
+
+def example_length(
+    vocab: Vocabulary,
+    template: TemplateConfig,
+    task: str,
+    text: str,
+    answer: str,
+    *,
+    references: int,
+    reference_slots: int,
+    num_image_tokens: int,
+    pool_scale: int = 1,
+    key: str = "",
+    truncate: bool = False,
+) -> int:
+    """Return the tokens of an example in a row without limit, as `task_row` and
+    `text_to_image_row` build it. Raises UserError as they do.
+    """
+    _check_references(references, reference_slots, key)
+    if task == "understand":
+        tokens = _text_answer(vocab, answer, num_image_tokens, key, truncate)
+    else:
+        tokens = _image_answer(vocab, num_image_tokens, key)
+    images = {
+        "references": references,
+        "num_image_tokens": num_image_tokens,
+        "pool_scale": pool_scale,
+    }
+    return len(make_prompt(vocab, template, task, text, **images).ids) + len(tokens)
+
+
+def _check_references(references: int, reference_slots: int, key: str) -> None:
+    if references > reference_slots:
+        raise UserError(
+            f"example {key!r} has {references} reference images, a row has slots for"
+            f" {reference_slots}: leave some out or raise model.editing.reference_slots"
+        )
 
 
 def _image_answer(vocab: Vocabulary, image: np.ndarray | int, key: str) -> list[int]:
@@ -248,35 +282,16 @@ def _build_row(
     }
 
 
-def max_example_length(rows: Sequence[dict[str, np.ndarray]], max_length: int) -> int:
-    """Return the length that the longest examples may have so that all of them fit in one row. The
-    room that shorter examples leave goes to the longer ones.
-    """
-    lengths = sorted(_lengths(rows))
-    left = max_length
-    for number, length in enumerate(lengths):
-        # Shortest first: what they leave is divided among the longer ones.
-        available = left // (len(lengths) - number)
-        if length > available:
-            return available
-        left -= length
-    return max_length
-
-
-def _lengths(rows: Sequence[dict[str, np.ndarray]]) -> list[int]:
-    return [int(np.count_nonzero(row["segment_ids"])) for row in rows]
-
-
 def pack_rows(
-    rows: Sequence[dict[str, np.ndarray]], keys: Sequence[str], max_length: int
+    rows: Sequence[dict[str, np.ndarray]], keys: Sequence[str], max_length: int, slots: int
 ) -> dict[str, np.ndarray]:
-    """Pack E examples into one row of `max_length`, in their order; arrays other than ROW_FIELDS
-    are stacked [E, ...]. Raises RowTooLong, with the keys and which is the longest, if they do not
-    fit.
+    """Pack up to E = `slots` examples into one row of `max_length`, in their order; arrays other
+    than ROW_FIELDS are stacked [E, ...], zeros in empty slots. `target` is 0 in these, so that no
+    loss counts them. Raises RowTooLong, with the keys, if the examples do not fit.
     """
-    lengths = _lengths(rows)
+    lengths = [int(np.count_nonzero(row["segment_ids"])) for row in rows]
     if sum(lengths) > max_length:
-        raise RowTooLong(" + ".join(keys), sum(lengths), max_length, which=int(np.argmax(lengths)))
+        raise RowTooLong(" + ".join(keys), sum(lengths), max_length)
     starts = np.cumsum([0, *lengths[:-1]])
     packed = {name: np.zeros(max_length, rows[0][name].dtype) for name in ROW_FIELDS}
     for number, (row, start, length) in enumerate(zip(rows, starts, lengths, strict=True), 1):
@@ -284,18 +299,23 @@ def pack_rows(
             packed[name][start : start + length] = (
                 row[name][:length] if name != "segment_ids" else number
             )
+    targets = [row.get("target", np.ones((), np.float32)) for row in rows]
     stacked = {
         name: np.stack([row[name] for row in rows]) for name in rows[0] if name not in ROW_FIELDS
-    }
-    # Spans count from the beginning of the packed row.
+    } | {"target": np.stack(targets)}
+    # Spans count from the beginning of the packed row; unused ones stay 0.
     stacked["image_span"] += starts.astype(np.int32)
-    if "target" in stacked:  # unused spans stay 0
-        stacked["image_span"] *= stacked["target"].astype(np.int32)
+    stacked["image_span"] *= stacked["target"].astype(np.int32)
+    if "reference_mask" in stacked:
         mask_ER = stacked["reference_mask"].astype(np.int32)
         stacked["reference_span"] = (
             stacked["reference_span"] + starts[:, None].astype(np.int32)
         ) * mask_ER
-    return packed | stacked
+    empty = slots - len(rows)
+    return packed | {
+        name: np.concatenate([values, np.zeros((empty, *values.shape[1:]), values.dtype)])
+        for name, values in stacked.items()
+    }
 
 
 def padded_length(length: int) -> int:

@@ -42,16 +42,22 @@ class SkippedRecordLog:
         self._suspect_shards: dict[str, dict[str, str]] = {}  # other shards: key -> kind of reason
         self._last_skipped = ""
 
-    def add(self, bad_records_B: np.ndarray, shards_B: np.ndarray, reports_B: np.ndarray) -> None:
-        """Count and log skipped records. Raises BadRecordLimit where more than `max_bad_fraction`
-        of the examples cannot be read.
+    def add(
+        self,
+        seen_B: np.ndarray,
+        unreadable_B: np.ndarray,
+        shards_B: np.ndarray,
+        reports_B: np.ndarray,
+    ) -> None:
+        """Count and log skipped records, of the report of each row (`reader.Reader`). Raises
+        BadRecordLimit where more than `max_bad_fraction` of the records cannot be read.
 
-        The fraction counts the examples whose own record cannot be read. Records that are skipped
-        in the search for a replacement are not counted, since they overstate the damage: four
-        damaged records in a row are skipped ten times in an epoch.
+        The fraction counts the rows' own records. Records that are skipped in the search for a
+        replacement are not counted, since they overstate the damage: four damaged records in a row
+        are skipped ten times in an epoch.
         """
-        self._seen += bad_records_B.size
-        self._bad += int(np.count_nonzero(bad_records_B))
+        self._seen += int(seen_B.sum())
+        self._bad += int(unreadable_B.sum())
         self._readable_shards.update(shards_B.ravel().tolist())
         reports_B = reports_B.ravel()
         for report in reports_B[reports_B != b""]:

@@ -9,6 +9,8 @@ Instances pickle by value: a data worker process needs no file.
 """
 
 import abc
+import functools
+import hashlib
 import io
 import itertools
 import json
@@ -53,6 +55,11 @@ class TextTokenizer(abc.ABC):
     @abc.abstractmethod
     def _decode_text(self, ids: list[int]) -> str:
         """Return the text of ids that are not special."""
+
+    @property
+    @abc.abstractmethod
+    def fingerprint(self) -> str:
+        """Return a digest of the contents: tokenizers with the same one encode alike."""
 
     @abc.abstractmethod
     def save(self, directory: str | pathlib.Path) -> None:
@@ -133,6 +140,10 @@ class SentencePieceTokenizer(TextTokenizer):
     def _decode_text(self, ids: list[int]) -> str:
         return self._model.decode(ids)
 
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        return hashlib.sha256(self.proto).hexdigest()
+
     def save(self, directory: str | pathlib.Path) -> None:
         files.replace_bytes(pathlib.Path(directory) / SENTENCEPIECE_FILE, self.proto)
 
@@ -191,6 +202,10 @@ class BpeTokenizer(TextTokenizer):
 
     def _decode_text(self, ids: list[int]) -> str:
         return self._bpe.decode(ids)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        return hashlib.sha256(json.dumps(self.contents(), sort_keys=True).encode()).hexdigest()
 
     def contents(self) -> dict[str, Any]:
         """Return the contents of tokenizer.json, as `save` writes them."""

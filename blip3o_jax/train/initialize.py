@@ -91,6 +91,14 @@ def _written_by(directory: pathlib.Path) -> Config | None:
     return read_config(directory) if (directory / "config.json").exists() else None
 
 
+def saved_row_length(directory: pathlib.Path) -> int:
+    """Return `data.max_length` of the run whose checkpoints lie in `directory`; 0 if there is
+    none.
+    """
+    before = _written_by(directory)
+    return before.data.max_length if before else 0
+
+
 def restore_init_parts(config: Config, plan: StatePlan, strategy: Strategy) -> dict[str, Any]:
     """Restore the parts that `checkpoint.init_from` names, in the form `create_state` takes."""
     restored_parts: dict[str, Any] = {}

@@ -129,7 +129,7 @@ def joint_normalizers(batch: dict[str, jax.Array], examples: int) -> dict[str, j
 
 
 def joint_totals(batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """Return what a batch holds beside padding, and the room for it: `examples` in `slots`,
+    """Return what a batch holds, padding left out, and the room for it: `examples` in `slots`,
     `tokens` in `row_tokens`; `pairs` of a token and one it sees, itself included; `labels`, images
     to generate (`targets`) and reference images.
     """

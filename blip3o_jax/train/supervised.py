@@ -1,6 +1,7 @@
 """Train the supervised stages: implement the training loop's `Method` on data sets."""
 
 import collections
+import dataclasses
 import functools
 import itertools
 import pathlib
@@ -8,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
 
 from blip3o_jax.config import Config, MeshConfig, UserError, check
@@ -17,6 +19,7 @@ from blip3o_jax.data.index_builder import ProcessGroup
 from blip3o_jax.data.loader import Loader
 from blip3o_jax.data.record import Source
 from blip3o_jax.data.sources import open_held_out, open_mixture
+from blip3o_jax.data.token_lengths import choose_row_length, token_lengths
 from blip3o_jax.parallel import distributed
 from blip3o_jax.parallel.batches import DevicePrefetch, host_rows
 from blip3o_jax.parallel.rules import Strategy
@@ -26,6 +29,7 @@ from blip3o_jax.train.encode import encoded_source, make_encode
 from blip3o_jax.train.fingerprint import weights_fingerprint
 from blip3o_jax.train.flops import peak_flops, step_flops
 from blip3o_jax.train.held_out import HeldOutLosses
+from blip3o_jax.train.initialize import saved_row_length
 from blip3o_jax.train.loop import RunContext, Summary, TrainerSpec
 from blip3o_jax.train.metrics import MetricLog, SilentLog
 from blip3o_jax.train.skipped import SkippedRecords
@@ -69,7 +73,8 @@ class Supervised:
                 distributed.log_host0(note)
 
     def vocabulary(self, config: Config, workdir: pathlib.Path) -> tuple[Config, Vocabulary | None]:
-        return with_vocabulary(config, self._sources, workdir)
+        config, vocabulary = with_vocabulary(config, self._sources, workdir)
+        return with_row_length(config, vocabulary, self._sources, workdir), vocabulary
 
     def begin(self, context: RunContext, state: TrainState, position: Any) -> TrainerSpec:
         config = context.config
@@ -88,8 +93,20 @@ class Supervised:
             STAGES[config.stage].fields, config.model, config.data, context.vocabulary
         )
         rows = host_rows(strategy.batch_sharding(), config.data.batch_size // config.data.pack)
+        # Measured before encoding, which changes no text.
+        lengths = {
+            source.fingerprint: _token_lengths(source, builder)
+            for source, _ in (*sources, *held_out)
+            if config.data.pack > 1
+        }
         loader_of = lambda sources: Loader(
-            sources, builder, config.data, config.seed, rows=rows, join=builder.join
+            sources,
+            builder,
+            config.data,
+            config.seed,
+            rows=rows,
+            join=builder.join,
+            lengths=[lengths[source.fingerprint] for source, _ in sources if lengths],
         )
         if position is not None:
             # Encoding may take hours: check first that the run can resume on these sources.
@@ -119,6 +136,39 @@ class Supervised:
 
     def close(self) -> None:
         pass
+
+
+def with_row_length(
+    config: Config,
+    vocabulary: Vocabulary | None,
+    sources: Sequence[tuple[Source, float]],
+    workdir: pathlib.Path,
+) -> Config:
+    """Return the configuration with the row length that `data.max_length=0` asks for: that of the
+    run in `workdir`, or else the one that fits the examples, which host 0 chooses for all.
+    """
+    if vocabulary is None or config.data.max_length:
+        return config
+    if distributed.process_index() > 0:
+        length = int(distributed.wait_for_key("row_length", 3600.0))
+    else:
+        length = saved_row_length(workdir / "checkpoints")
+        if not length:
+            builder = ExampleBuilder(
+                STAGES[config.stage].fields, config.model, config.data, vocabulary
+            )
+            chosen = choose_row_length(sources, builder, config.data.pack)
+            length = chosen.length
+            distributed.log_host0(f"data.max_length={length}: {chosen.reason}")
+        if distributed.process_count() > 1:
+            distributed.set_key("row_length", str(length))
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, max_length=length))
+
+
+def _token_lengths(source: Source, builder: ExampleBuilder) -> np.ndarray:
+    hosts = distributed.process_count()
+    host = distributed.process_index()
+    return token_lengths(source, builder, host, hosts, multihost_utils.process_allgather)
 
 
 class _PrefetchedBatches:

@@ -174,7 +174,7 @@ def test_published_recipes(size, width, mlp):
         assert (recipe.steps, recipe.data.batch_size, recipe.data.max_length) == (
             steps,
             batch,
-            2048,
+            0,  # by the data
         )
         assert (recipe.optimizer.learning_rate, recipe.optimizer.end_learning_rate) == (5e-5, 1e-5)
         assert (recipe.optimizer.warmup_fraction, recipe.optimizer.weight_decay) == (0.01, 0.0)
@@ -182,9 +182,6 @@ def test_published_recipes(size, width, mlp):
         assert (
             recipe.model.tokenizer.encoder.param_dtype == recipe.model.vae.param_dtype == "bfloat16"
         )
-        # The prompt, its template and 729 image tokens with their tags must leave room for a long
-        # caption.
-        assert recipe.data.max_length - recipe.model.tokenizer.num_tokens > 1000
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ def test_both_reference_routes_with_all_parts_of_the_checkpoint():
         True,
         False,
     )
-    assert found.model.tokenizer == given.model.tokenizer and found.data.max_length == 2048
+    assert found.model.tokenizer == given.model.tokenizer and found.data.max_length == 0
     assert [part for part, _ in found.checkpoint.init_from] == list(PUBLISHED_PARTS), (
         "the new connector is drawn"
     )

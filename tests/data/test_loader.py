@@ -236,30 +236,6 @@ def never_fits(record: Record) -> dict[str, np.ndarray]:
     raise RowTooLong(record.key, 0, 0)
 
 
-def joined(rows, records):
-    lengths = [int(row["number"]) % 10 for row in rows]
-    if sum(lengths) > 9:
-        raise RowTooLong(
-            "+".join(record.key for record in records),
-            sum(lengths),
-            9,
-            which=int(np.argmax(lengths)),
-        )
-    return {"number": np.stack([row["number"] for row in rows])}
-
-
-def test_of_examples_that_do_not_fit_in_one_row_the_longest_gives_way(caplog) -> None:
-    settings = {"shuffle": False, "pack": 2, "transform": to_row, "join": joined, "rows": range(4)}
-    batch = next(make([(Numbers("a", 20), 1.0)], **settings))
-    assert batch["number"].tolist() == [[0, 1], [2, 3], [4, 5], [6, 10]]  # 7, 8 and 9 are too long
-    assert batch["bad_records"].shape == (4, 2) and not batch["bad_records"].any()
-    assert "skipped a.tar: k7: shares a row that needs 13 tokens, a row has 9" in caplog.messages
-    with pytest.raises(
-        UserError, match=r"a\.tar: k7: shares a row that needs 13 tokens, a row has 9: shorten"
-    ):
-        next(make([(Numbers("a", 20), 1.0)], too_long="error", **settings))
-
-
 class Raising(Source):
     """Provide records of two shards; reading an index raises what `errors` has for it."""
 

@@ -10,6 +10,7 @@ import tokenizers as hf
 from blip3o_jax.config import (
     ConfigError,
     DataConfig,
+    EditingConfig,
     ModelConfig,
     TaTokConfig,
     TemplateConfig,
@@ -360,7 +361,7 @@ def test_examples_follow_each_other_in_a_row(vocab):
         tasks_row(vocab, "t2i", "a cat", references=0),
     ]
     lengths = [int(row["segment_ids"].sum()) for row in rows]
-    packed = pack_rows(rows, ["a", "b", "c"], sum(lengths) + 5)
+    packed = pack_rows(rows, ["a", "b", "c"], sum(lengths) + 5, slots=4)
     for number, (row, start, length) in enumerate(
         zip(rows, np.cumsum([0, *lengths]), lengths, strict=False)
     ):
@@ -374,48 +375,40 @@ def test_examples_follow_each_other_in_a_row(vocab):
             for span, there in zip(row["reference_span"], row["reference_mask"], strict=True)
         ]
         assert packed["reference_span"][number].tolist() == want
-    assert not packed["segment_ids"][sum(lengths) :].any() and packed["target"].tolist() == [
-        1,
-        0,
-        1,
-    ]
+    # The fourth slot is empty.
+    assert not packed["segment_ids"][sum(lengths) :].any()
+    assert packed["target"].tolist() == [1, 0, 1, 0]
+    assert not packed["image_span"][3] and not packed["reference_mask"][3].any()
     assert packed["loss_mask"].sum() <= max_labels(TEMPLATE, 2, 3)
     with pytest.raises(
         RowTooLong,
         match=rf"example 'a \+ b \+ c' needs {sum(lengths)} tokens, a row has {sum(lengths) - 1}",
     ):
-        pack_rows(rows, ["a", "b", "c"], sum(lengths) - 1)
-    assert sequence.max_example_length(rows, sum(lengths)) == sum(lengths)
-    longest = sequence.max_example_length(rows, sum(lengths) - 9)
-    assert sum(min(length, longest) for length in lengths) in range(
-        sum(lengths) - 9 - 2, sum(lengths) - 9 + 1
+        pack_rows(rows, ["a", "b", "c"], sum(lengths) - 1, slots=4)
+    # Rows of text to image alone have no targets until they are packed.
+    plain = [{name: row[name] for name in (*sequence.ROW_FIELDS, "image_span")} for row in rows]
+    assert pack_rows(plain[2:], ["c"], 99, slots=2)["target"].tolist() == [1, 0]
+
+
+def test_the_length_of_an_example_is_known_without_its_row(vocab):
+    model = ModelConfig(
+        tokenizer=TaTokConfig(pool_scale=3),
+        template=TEMPLATE,
+        editing=EditingConfig(reference_slots=1),
     )
-
-
-def test_of_packed_examples_the_long_ones_are_cut_or_named(vocab):
-    model = ModelConfig(tokenizer=TaTokConfig(pool_scale=3), template=TEMPLATE)
+    make = lambda **data: ExampleBuilder(("row",), model, DataConfig(**data), vocab)
     records = [
-        Record(b"", caption, key, "a.tar") for key, caption in (("a", "x"), ("b", "a cat " * 30))
+        Record(b"", "a cat", "a", "a.tar"),
+        Record(b"", "make it red", "b", "a.tar", "edit", (b"",)),
+        Record(b"", "how many?", "c", "a.tar", "understand", (b"",), "two " * 200),
     ]
-
-    def built(max_length, too_long):
-        data = DataConfig(batch_size=2, pack=2, max_length=max_length, too_long=too_long)
-        builder = ExampleBuilder(("row",), model, data, vocab)
-        return builder, [builder(record) for record in records]
-
-    builder, whole = built(900, "skip")
-    short, long = (int(row["segment_ids"].sum()) for row in whole)
-    with pytest.raises(RowTooLong, match=r"'a \+ b'") as error:
-        ExampleBuilder(
-            ("row",), model, DataConfig(batch_size=2, pack=2, max_length=short + long - 20), vocab
-        ).join(whole, records)
-    assert error.value.which == 1
-    builder, rows = built(short + long - 20, "truncate")
-    joined = builder.join(rows, records)
-    segments = joined["segment_ids"]
-    assert (segments == 1).sum() == short and long - 40 < (segments == 2).sum() <= long - 20
-    assert joined["loss_mask"].sum() == sum(row["loss_mask"].sum() for row in whole)
-    builder, rows = built(2 * short - 20, "truncate")  # not even without a text
-    with pytest.raises(RowTooLong) as error:
-        builder.join(whole, records)
-    assert error.value.which == 1
+    with pytest.raises(RowTooLong, match="has an answer of"):
+        make().length(records[2])
+    cut = make(too_long="truncate", max_length=900)
+    assert [cut.length(record) for record in records] == [
+        np.count_nonzero(cut._row(record)["segment_ids"]) for record in records
+    ]
+    assert make().length_settings() != cut.length_settings()
+    captions = dataclasses.replace(cut, fields=("caption",))
+    text = sequence.caption_row(vocab, records[0].caption, 900)["text_mask"]
+    assert captions.length(records[0]) == text.sum()

@@ -32,6 +32,8 @@ class Sized(TextTokenizer):
     def _decode_text(self, ids):
         return "." * len(ids)
 
+    fingerprint = "sized"
+
     def save(self, directory):
         raise NotImplementedError
 

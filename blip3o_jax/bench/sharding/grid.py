@@ -27,6 +27,7 @@ from blip3o_jax.bench.sharding.compiled_step import FITS, STEPS, TOO_LARGE, Task
 from blip3o_jax.bench.sharding.measure import LocalDevices
 from blip3o_jax.bench.sharding.table import GIB
 from blip3o_jax.config import Config, MeshConfig, UserError, check, check_choice
+from blip3o_jax.data.token_lengths import assumed_row_length
 from blip3o_jax.provenance import provenance
 from blip3o_jax.train.vocabulary import expected_vocabulary
 
@@ -118,6 +119,12 @@ def bench(
     else:
         topology.check_compiler()
     config, _ = expected_vocabulary(config)
+    if not config.data.max_length:
+        # By the data in a run, of which there are none here.
+        length = assumed_row_length(config.model)
+        config = dataclasses.replace(
+            config, data=dataclasses.replace(config.data, max_length=length)
+        )
     out.mkdir(parents=True, exist_ok=True)
     report: dict[str, Any] = {
         **provenance(command),
