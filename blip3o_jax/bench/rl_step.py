@@ -55,7 +55,13 @@ from blip3o_jax.sampling_programs import (
 )
 from blip3o_jax.train.initialize import restore_init_parts
 from blip3o_jax.train.stages import Loss
-from blip3o_jax.train.state import StatePlan, TrainState, create_state, plan_state
+from blip3o_jax.train.state import (
+    StatePlan,
+    TrainState,
+    create_state,
+    plan_state,
+    run_strategy,
+)
 from blip3o_jax.train.train_step import make_step
 from blip3o_jax.train.vocabulary import with_vocabulary
 
@@ -89,7 +95,7 @@ def bench(config: Config, out: pathlib.Path, *, rounds: int, command: str) -> di
             "published: set them"
         )
     prompts = read_prompts(rl.prompts_file)
-    strategy = Strategy.of(config.mesh)
+    strategy = run_strategy(config)
     with tempfile.TemporaryDirectory() as directory:
         config, vocabulary = with_vocabulary(config, [], pathlib.Path(directory))
     assert vocabulary is not None, "a run of reinforcement learning has text"

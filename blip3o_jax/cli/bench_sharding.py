@@ -19,7 +19,8 @@ def add(commands: Any) -> None:
         " image), ahead of time for every topology and strategy and walks the program with a cost"
         " model; writes sharding.json and sharding.html. Times are predicted, not measured. With"
         " --measure it also runs on this machine's devices, without libtpu, and reports both"
-        " times. Mesh sizes are chosen for each strategy unless --config.mesh.* sets them;"
+        " times. The mesh is that of a run with the strategy: chosen where --config.mesh.* leaves"
+        " it open;"
         " --config.data.cache_dir=X leaves the encoders out.",
     )
     parser.add_argument(

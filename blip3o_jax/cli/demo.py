@@ -39,7 +39,8 @@ def add(commands: Any) -> None:
 def run(args: argparse.Namespace) -> None:
     if args.config is None:
         if args.overrides:
-            raise UserError("--config.KEY=VALUE changes a config file: name it with --config")
+            key, _ = args.overrides[0]
+            raise UserError(f"--config.{key} changes a config: name its file with --config")
         from blip3o_jax.demo.run import run
 
         summary = run(args.workdir or Path("runs/demo"), fast=args.fast)

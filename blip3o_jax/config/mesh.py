@@ -3,15 +3,16 @@
 import dataclasses
 from typing import Annotated, Literal
 
-from blip3o_jax.config.constraints import Bounds, NonZero
+from blip3o_jax.config.constraints import Bounds
 from blip3o_jax.config.errors import check
 from blip3o_jax.config.fields import ConfigGroup
 from blip3o_jax.config.types import Part
 
 MeshSize = Annotated[
-    int, Bounds(-1, 2**20, note="-1 takes what is left"), NonZero("1 leaves the axis out")
+    int,
+    Bounds(-1, 2**20, note="-1 takes what is left, 0 leaves the choice to the planner"),
 ]
-StrategyName = Literal[
+NamedStrategy = Literal[
     "dp",
     "fsdp",
     "fsdp_tp",
@@ -22,29 +23,33 @@ StrategyName = Literal[
     "hybrid_fsdp_tp",
     "hybrid_fsdp_sp",
 ]
+StrategyName = Literal["auto", NamedStrategy]
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig(ConfigGroup, path="mesh"):
-    """Set the number of devices along each mesh axis; -1 takes the rest. The batch is sharded over
-    data x fsdp, and the tokens of a row over sequence if the strategy says so.
+    """Set the number of devices along each mesh axis: -1 takes the rest, 0 leaves the choice to
+    parallel/planner.py, by model and devices. The batch is sharded over data x fsdp, and the tokens
+    of a row over sequence if the strategy says so.
     """
 
-    data: MeshSize = 1
+    data: MeshSize = 0
     """Devices along `data`: each of its groups has a copy of the parameters and its own rows."""
-    fsdp: MeshSize = -1
+    fsdp: MeshSize = 0
     """Devices along `fsdp`, over which parameters, optimizer state and batch are sharded."""
-    tensor: MeshSize = 1
+    tensor: MeshSize = 0
     """Devices along `tensor`, over which heads and feed-forward widths are sharded."""
-    strategy: StrategyName = "fsdp"
-    """Sharding strategy: which dimensions of parameters and activations each axis shards."""
-    sequence: MeshSize = 1
-    """Devices along `sequence`, over which the tokens of a row are sharded."""
-    slices: Annotated[int, Bounds(1, 2**16)] = 1
-    """Slices of TPU chips, which only the data centre's network connects; `data` spans them
-    first and must be a multiple of them.
+    strategy: StrategyName = "auto"
+    """Sharding strategy: which dimensions of parameters and activations each axis shards; auto
+    leaves the choice to the planner.
     """
-    parts: tuple[tuple[Part, StrategyName], ...] = ()
+    sequence: MeshSize = 0
+    """Devices along `sequence`, over which the tokens of a row are sharded."""
+    slices: Annotated[int, Bounds(0, 2**16)] = 0
+    """Slices of TPU chips, which only the data centre's network connects; `data` spans them
+    first and must be a multiple of them. 0: as many as the devices lie in.
+    """
+    parts: tuple[tuple[Part, NamedStrategy], ...] = ()
     """Strategies of single parts in place of `strategy`, as pairs (part, strategy):
     `(("dit", "dp"),)` holds a whole DiT on each device.
     """

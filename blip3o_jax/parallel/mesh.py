@@ -16,19 +16,34 @@ AXES = ("data", "fsdp", "sequence", "tensor")
 THREADS_PER_CPU_DEVICE = 8
 
 
+def find_devices(cfg: MeshConfig, devices: Sequence[jax.Device] | None = None) -> list[jax.Device]:
+    """Return `devices`, by default all; a machine without an accelerator is split first, as
+    `cfg.cpu_devices` says.
+    """
+    if devices is None and cfg.cpu_devices:
+        # Before jax.devices(), which starts the backend and so fixes their number.
+        split_cpu(cfg.cpu_devices)
+    return list(jax.devices() if devices is None else devices)
+
+
+def slices_of(devices: Sequence[jax.Device]) -> set[int]:
+    """Return the numbers of the TPU slices that the devices lie in; other devices lie in one."""
+    return {
+        getattr(device, "slice_index", 0) if device.platform == "tpu" else 0 for device in devices
+    }
+
+
 def make_mesh(cfg: MeshConfig, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
     """Return a mesh with axes data x fsdp x sequence x tensor over `devices` (all by default); the
     devices of the last axes are neighbours. With `cfg.slices` the data axis spans the slices first,
-    so that only the sum of the gradients crosses the network between them.
+    so that only the sum of the gradients crosses the network between them. No field of `cfg` may be
+    open (0; planner.py).
 
     Raises ConfigError when the sizes do not multiply to the number of devices, with sizes that do;
     when `cfg.slices` differs from the devices' slices; when JAX cannot lay the mesh onto the chips'
     torus.
     """
-    if devices is None and cfg.cpu_devices:
-        # Before jax.devices(), which starts the backend and so fixes their number.
-        split_cpu(cfg.cpu_devices)
-    devices = list(jax.devices() if devices is None else devices)
+    devices = find_devices(cfg, devices)
     sizes = [getattr(cfg, axis) for axis in AXES]
     known = math.prod(s for s in sizes if s > 0)
     if -1 in sizes:
@@ -44,7 +59,7 @@ def make_mesh(cfg: MeshConfig, devices: Sequence[jax.Device] | None = None) -> j
     auto = (jax.sharding.AxisType.Auto,) * len(AXES)
     if cfg.slices != 1:
         return jax.sharding.Mesh(_over_slices(cfg.slices, sizes, devices), AXES, axis_types=auto)
-    there = {getattr(device, "slice_index", 0) for device in devices if device.platform == "tpu"}
+    there = slices_of(devices)
     if len(there) > 1:
         raise ConfigError(
             f"devices span {len(there)} slices, but mesh.slices=1: set mesh.slices={len(there)} and"

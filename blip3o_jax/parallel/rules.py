@@ -21,10 +21,11 @@ device unless `mesh.parts` sets another strategy: its parameters are small compa
 activations.
 """
 
+import collections
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -33,10 +34,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from blip3o_jax import nn
 from blip3o_jax.config import ConfigError, MeshConfig, check_choice
-from blip3o_jax.parallel.mesh import make_mesh
+from blip3o_jax.parallel.mesh import find_devices, make_mesh, slices_of
+from blip3o_jax.parallel.planner import plan_groups, plan_mesh
 from blip3o_jax.part_registry import PART_TABLE
 
 Table = dict[str, tuple[str, ...]]
+# Part, logical axes and shape of a parameter.
+Parameter = tuple[str, tuple[str | None, ...], tuple[int, ...]]
 
 # `lookup_batch`: the batch while embeddings are looked up. It is not sharded over the axes that
 # shard the table's width: each device looks up its columns for all rows.
@@ -79,6 +83,25 @@ STRATEGIES |= {f"hybrid_{name}": tables for name, tables in STRATEGIES.items()} 
 }
 
 
+def _table_of(name: str, part: str) -> Table:
+    """Return the table of a part of the model in the strategy `name`."""
+    tables = STRATEGIES[name]
+    return tables.get(part, tables[""])
+
+
+def _sharded_widths(
+    name: str, parts: Mapping[str, str], parameters: Iterable[Parameter]
+) -> dict[int, int]:
+    """Return {dimension that lies over `fsdp`: number of parameters that have it}."""
+    widths: collections.Counter[int] = collections.Counter()
+    for part, axes, shape in parameters:
+        table = _table_of(parts.get(part, name), part)
+        for axis, dim in zip(axes, shape, strict=True):
+            if axis is not None and "fsdp" in table.get(axis, ()):
+                widths[dim] += math.prod(shape)
+    return dict(widths)
+
+
 @dataclasses.dataclass(frozen=True)
 class Strategy:
     """Hold a named strategy on a mesh; `parts` names other strategies for parts of the model."""
@@ -103,16 +126,37 @@ class Strategy:
                 )
 
     @classmethod
-    def of(cls, cfg: MeshConfig, devices: Sequence[jax.Device] | None = None) -> "Strategy":
-        """Return the strategy and the mesh of a configuration. Raises ConfigError if they do not
-        fit.
+    def of(
+        cls,
+        cfg: MeshConfig,
+        devices: Sequence[jax.Device] | None = None,
+        *,
+        parameters: Callable[[], Iterable[Parameter]] = tuple,
+        rows: int = 0,
+    ) -> "Strategy":
+        """Return the strategy and the mesh of a configuration, with what it leaves open chosen for
+        what `parameters` returns and `rows` of a micro-batch (planner.py). Raises ConfigError if
+        they do not fit.
         """
+        devices = find_devices(cfg, devices)
+        slices = len(slices_of(devices))
+        groups = plan_groups(cfg, len(devices), slices=slices, rows=rows)
+        cfg = plan_mesh(
+            groups,
+            len(devices),
+            widths=lambda: _sharded_widths(groups.strategy, dict(cfg.parts), parameters()),
+        )
         if cfg.strategy.startswith("hybrid") and cfg.slices == 1:
             raise ConfigError(
                 f"mesh.strategy={cfg.strategy!r} is for several slices: set mesh.slices and"
                 " mesh.data to their number"
             )
         return cls(cfg.strategy, make_mesh(cfg, devices), cfg.parts)
+
+    def describe(self) -> str:
+        """Return the mesh and the strategy in one line."""
+        sizes = [f"{axis} {size}" for axis, size in self.mesh.shape.items() if size > 1]
+        return f"mesh: {' x '.join(sizes)} of {self.mesh.size} devices, strategy {self.name}"
 
     @property
     def batch_shards(self) -> int:
@@ -125,8 +169,7 @@ class Strategy:
         """Return the mesh axes of an array of `part` whose dimensions have the logical names
         `axes`. Raises ConfigError for a dimension that does not divide, or a mesh axis used twice.
         """
-        tables = STRATEGIES[dict(self.parts).get(part, self.name)]
-        table = tables.get(part, tables[""])
+        table = _table_of(dict(self.parts).get(part, self.name), part)
         entries: list[str | tuple[str, ...] | None] = []
         # A mesh axis can shard one dimension of an array only; XLA's own error names neither
         # dimension.

@@ -37,7 +37,7 @@ from blip3o_jax.train.memory import check_memory
 from blip3o_jax.train.metrics import GROUPS, MetricLog, SilentLog, Spent
 from blip3o_jax.train.profile_window import ProfileWindow
 from blip3o_jax.train.stages import Batch
-from blip3o_jax.train.state import StatePlan, TrainState, plan_state
+from blip3o_jax.train.state import StatePlan, TrainState, plan_state, run_strategy
 from blip3o_jax.train.train_step import TOTALS, example_keys
 from blip3o_jax.train.workdir import WorkdirLock
 
@@ -163,7 +163,9 @@ def train(
     """
     spent = Spent()
     workdir = pathlib.Path(workdir).absolute()
-    strategy = Strategy.of(config.mesh)
+    strategy = run_strategy(config)
+    if strategy.mesh.size > 1:
+        log_host0(strategy.describe())
     # A wrong size of the batch is reported before the directory is touched.
     strategy.check_batch(config.data.batch_size, config.optimizer.accumulate, config.data.pack)
     if (workdir / RECIPE).exists():  # readers of `workdir` would never find this run's checkpoints

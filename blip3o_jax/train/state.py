@@ -12,7 +12,7 @@ bad_records    int32, records skipped because they could not be read
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -22,7 +22,7 @@ from flax import nnx
 
 from blip3o_jax.blip3o import MODEL_PARTS, Blip3o, split
 from blip3o_jax.config import Config, ConfigError, check_choice
-from blip3o_jax.parallel.rules import Strategy
+from blip3o_jax.parallel.rules import Parameter, Strategy
 from blip3o_jax.train.ema import initial_average
 from blip3o_jax.train.freezing import trainable_filter
 from blip3o_jax.train.optimizer import make_optimizer
@@ -44,6 +44,24 @@ class StatePlan:
 
     def model(self, params: Any, frozen: Any) -> Blip3o:
         return nnx.merge(self.graphdef, params, frozen)
+
+
+def run_strategy(config: Config, devices: Sequence[jax.Device] | None = None) -> Strategy:
+    """Return the strategy and mesh of a run: of `config.mesh`, with what it leaves open chosen for
+    the stage's parameters and the rows of a micro-batch. Raises ConfigError if they do not fit.
+    """
+
+    def parameters() -> list[Parameter]:
+        model = nnx.eval_shape(lambda: _build(config))
+        variables = nnx.to_flat_state(nnx.state(model, nnx.Param))
+        return [(str(path[0]), variable.axes, variable.shape) for path, variable in variables]
+
+    return Strategy.of(
+        config.mesh,
+        devices,
+        parameters=parameters,
+        rows=config.data.batch_size // (config.optimizer.accumulate * config.data.pack),
+    )
 
 
 def _build(config: Config, parts: Iterable[str] | None = None) -> Blip3o:

@@ -168,8 +168,8 @@ def test_a_recipe_is_overridden_as_a_whole_or_by_name(write):
             {"model.ar.dtype": "int8"},
             "model.ar.dtype='int8' is not one of float32, bfloat16, float16",
         ),
-        ({"mesh.data": "0"}, "mesh.data=0 must not be 0: 1 leaves the axis out"),
-        ({"mesh.data": "-1"}, "mesh sizes data=-1, fsdp=-1"),
+        ({"mesh.data": "-2"}, "mesh.data=-2 must lie between -1 and 1,048,576; -1 takes"),
+        ({"mesh.data": "-1", "mesh.fsdp": "-1"}, "mesh sizes data=-1, fsdp=-1"),
     ],
 )
 def test_a_bad_override_is_one_line_that_names_the_field(write, overrides, message):

@@ -386,7 +386,7 @@ def test_a_value_given_in_python_is_named_in_full():
 
 
 def test_names_of_strategies_and_parts_are_those_that_there_are():
-    assert set(typing.get_args(config.StrategyName)) == set(rules.STRATEGIES)
+    assert set(typing.get_args(config.StrategyName)) == {"auto", *rules.STRATEGIES}
     assert set(typing.get_args(config.Part)) == set(blip3o.MODEL_PARTS)
 
 

@@ -11,7 +11,7 @@ from tests.docs.test_settings_page import settings_page
 SOURCE_FILES = {path.name for path in ROOT.rglob("*.py")}
 SOURCES = sorted(path for path in ROOT.joinpath("blip3o_jax").rglob("*.py"))
 # Files of other projects, and names that stand for any file.
-FOREIGN = {"xla_flags_library.py", "file.py"}
+FOREIGN = {"photos.py", "xla_flags_library.py", "file.py"}
 SETTINGS = {
     settings_page.join(group.path, name)
     for group in settings_page.groups()

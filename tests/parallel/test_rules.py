@@ -76,7 +76,7 @@ def test_a_batch_that_does_not_divide():
 
 
 def test_an_unknown_strategy_names_those_there_are():
-    with fails("mesh.strategy='fdsp' is not one of dp, fsdp, fsdp_tp, fsdp_sp"):
+    with fails("mesh.strategy='fdsp' is not one of auto, dp, fsdp, fsdp_tp, fsdp_sp"):
         tiny.strategy("fdsp")
     with fails("mesh.parts[0][1]='tp' is not one of dp, fsdp, fsdp_tp, fsdp_sp"):
         tiny.strategy("fsdp", parts=(("dit", "tp"),))

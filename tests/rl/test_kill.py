@@ -31,7 +31,7 @@ from blip3o_jax.train.metrics import read_rows
 
 jax.config.update("jax_disable_most_optimizations", True)
 whole_strategy = Strategy.of
-Strategy.of = lambda mesh: whole_strategy(mesh, jax.devices()[:1])
+Strategy.of = lambda mesh, devices, **more: whole_strategy(mesh, jax.devices()[:1], **more)
 config_file, workdir, phase = sys.argv[1:]
 where, name = {
     "rollout": (RolloutIterator, "_sample_micro_batch"),

@@ -32,9 +32,9 @@ def one_device():
     """Give runs that ask for one device one of the eight."""
     whole = Strategy.of
 
-    def of(mesh, devices=None):
-        count = mesh.data * mesh.fsdp * mesh.tensor
-        return whole(mesh, devices or jax.devices()[:count])
+    def of(mesh, devices=None, **more):
+        count = mesh.data * mesh.fsdp * max(1, mesh.tensor)
+        return whole(mesh, devices or jax.devices()[:count], **more)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Strategy, "of", of)

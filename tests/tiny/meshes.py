@@ -12,6 +12,7 @@ def strategy(
     name: str = "dp", data: int = 1, fsdp: int = 1, tensor: int = 1, **mesh: Any
 ) -> Strategy:
     """Return a strategy on as many devices as the product of the sizes."""
+    mesh = {"sequence": 1} | mesh
     cfg = config.MeshConfig(data=data, fsdp=fsdp, tensor=tensor, strategy=name, **mesh)
     return Strategy.of(cfg, jax.devices()[: data * fsdp * tensor * cfg.sequence])
 

@@ -20,7 +20,7 @@ from blip3o_jax.bench.cost import bundles
 from blip3o_jax.bench.isolated_process import Row
 from blip3o_jax.bench.sharding import measure, topology
 from blip3o_jax.bench.sharding.measure import LocalDevices
-from blip3o_jax.config import Config, ConfigError
+from blip3o_jax.config import Config
 
 STEPS = ("train", "rollout")
 FITS, TOO_LARGE = "fits", "does not fit"
@@ -29,17 +29,15 @@ FITS, TOO_LARGE = "fits", "does not fit"
 @dataclasses.dataclass(frozen=True)
 class Task:
     """Describe one compilation: `config` with the mesh and the global batch; `step` of STEPS;
-    `hlo`: where to keep the program's text; `measure`: how many times to run it. With `replicas`,
-    parameters that do not divide over all chips are replicated: mesh.data is doubled until they
-    divide. `loss` replaces `stages.make_loss`; `flags` are the compiler's, in place of the
-    launchers'. Without `schedules` the compiler does not write them, and its estimates are used."""
+    `hlo`: where to keep the program's text; `measure`: how many times to run it. `loss` replaces
+    `stages.make_loss`; `flags` are the compiler's, in place of the launchers'. Without `schedules`
+    the compiler does not write them, and its estimates are used."""
 
     config: Config
     topology: topology.Topology | LocalDevices
     step: str = "train"
     measure: int = 0
     hlo: pathlib.Path | None = None
-    replicas: bool = False
     loss: Callable[[Config, int], Any] | None = None
     flags: str = ""
     schedules: bool = True
@@ -139,13 +137,13 @@ def _rates(row: Row, seconds: float, where: topology.Topology | LocalDevices) ->
 
 
 def plan_work(task: Task) -> Any:
-    """Return the work (train_step.py, rollout.py) on the task's mesh, or on one with more replicas.
-    ConfigError for a task that no mesh allows."""
+    """Return the work (train_step.py, rollout.py) on the mesh that a run of the task's config has
+    on its devices. ConfigError where that does not fit."""
     import jax
 
     from blip3o_jax.bench.sharding.rollout import Rollout
     from blip3o_jax.bench.sharding.train_step import TrainStep
-    from blip3o_jax.parallel.rules import Strategy
+    from blip3o_jax.train.state import run_strategy
 
     make = {"train": TrainStep, "rollout": Rollout}[task.step]
     devices = (
@@ -153,18 +151,7 @@ def plan_work(task: Task) -> Any:
         if isinstance(task.topology, LocalDevices)
         else topology.make_devices(task.topology)
     )
-    mesh, first = task.config.mesh, None
-    while True:
-        try:
-            return make(
-                dataclasses.replace(task.config, mesh=mesh), Strategy.of(mesh, devices), task.loss
-            )
-        except ConfigError as error:
-            first = first or error
-            # Twice as many replicas, of half as many shards each.
-            mesh = dataclasses.replace(mesh, data=2 * mesh.data)
-            if not task.replicas or len(devices) % mesh.data:
-                raise first from None
+    return make(task.config, run_strategy(task.config, devices), task.loss)
 
 
 def _memory(analysis: Any, within: dict[str, int]) -> dict[str, int]:

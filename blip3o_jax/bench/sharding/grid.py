@@ -9,7 +9,6 @@ machine, which also run the program, and both times are shown.
 
 import dataclasses
 import itertools
-import math
 import pathlib
 import re
 import sys
@@ -38,7 +37,7 @@ NAMES = {"train": "step", "rollout": "rollout"}
 @dataclasses.dataclass(frozen=True)
 class Options:
     """Hold the options of the grid. `chosen`: the fields of config.mesh that the user has set; the
-    others are set here for each strategy. `measure`: how many steps to run on the devices of this
+    others are open for each strategy. `measure`: how many steps to run on the devices of this
     machine, in place of topologies."""
 
     topologies: tuple[str, ...] = ()
@@ -161,14 +160,20 @@ def make_task(
     config: Config, where: topology.Topology | LocalDevices, strategy: str, options: Options
 ) -> Task:
     """Return the compilation of one combination, with its mesh and batch."""
-    mesh = mesh_for(config, strategy, where, options.chosen)
-    chosen = {"data", "fsdp"} & options.chosen
+    # What is not set of the mesh is chosen as in training (parallel/planner.py).
+    fields: dict[str, Any] = {
+        field.name: field.default
+        for field in dataclasses.fields(MeshConfig)
+        if field.name not in options.chosen | {"parts", "cpu_devices"}
+    }
+    mesh = dataclasses.replace(
+        config.mesh, **fields | {"strategy": strategy, "slices": where.slices}
+    )
     task = Task(
         dataclasses.replace(config, mesh=mesh),
         where,
         step=options.step,
         measure=options.measure,
-        replicas=mesh.fsdp == -1 and not chosen,
         schedules=options.schedules,
     )
     if options.batch_per_chip:
@@ -178,52 +183,6 @@ def make_task(
     # Every device needs a prompt, so their number is padded up, as in sampling.
     one = largest_batch.unit(task)
     return largest_batch.with_batch(task, -(-config.sampling.batch_size // one) * one)
-
-
-def mesh_for(
-    config: Config, strategy: str, where: topology.Topology | LocalDevices, chosen: frozenset[str]
-) -> MeshConfig:
-    """Return `config.mesh` with sizes that suit the strategy, except the fields that the user has
-    set.
-
-    Parameters are sharded over as many chips of a slice as leave each chip a whole tile of them
-    (fsdp), with replicas over the rest and over the slices (data); tensors or sequences are sharded
-    over pairs of neighbours: with an MLP of three times the width more than two or three chips
-    spend their time exchanging (scaling-book, "training").
-    """
-    sizes = {"data": where.slices, "fsdp": -1, "sequence": 1, "tensor": 1, "slices": where.slices}
-    if strategy.removeprefix("hybrid_") == "dp":
-        sizes |= {"data": -1, "fsdp": 1}
-    elif strategy.endswith("fsdp_tp"):
-        sizes["tensor"] = 2
-    elif strategy.endswith("fsdp_sp"):
-        sizes["sequence"] = 2
-    free = {name: size for name, size in sizes.items() if name not in chosen}
-    if "fsdp" not in chosen and "data" in chosen and config.mesh.data == -1:
-        free["fsdp"] = 1
-    fields: dict[str, Any] = {"strategy": strategy, **free}
-    mesh = dataclasses.replace(config.mesh, **fields)
-    rest = mesh.slices * mesh.sequence * mesh.tensor
-    max_fsdp = math.gcd(_max_shards(config), where.devices // rest) if rest > 0 else 0
-    if mesh.fsdp == -1 and not {"data", "fsdp"} & chosen and 1 < max_fsdp < where.devices // rest:
-        mesh = dataclasses.replace(mesh, fsdp=max_fsdp, data=-1)
-    return mesh
-
-
-# A TPU's memory holds arrays in tiles this wide. Of pieces that are narrower, the compiler does not
-# gather the whole: it adds up arrays of the full size, at twice the traffic and more (1.7B on 64
-# chips, 32 columns each: 212 of them a step).
-TILE = 128
-
-
-def _max_shards(config: Config) -> int:
-    """Return the power of two that cuts the width of the networks with the most parameters into
-    pieces of a tile; 0, no bound, for another stage, or for networks that are at most one tile
-    wide."""
-    model = config.model
-    widths = (model.ar.hidden_size, model.dit.hidden_size, model.dit.caption_channels)
-    pieces = min(widths) // TILE if config.stage == "joint" else 0
-    return 1 << (pieces.bit_length() - 1) if pieces > 1 else 0
 
 
 def describe(task: Task) -> Row:

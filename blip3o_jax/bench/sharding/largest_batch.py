@@ -20,6 +20,7 @@ from typing import Any
 from blip3o_jax.bench.isolated_process import Row
 from blip3o_jax.bench.sharding.compiled_step import FITS, TOO_LARGE, Task
 from blip3o_jax.bench.sharding.table import GIB
+from blip3o_jax.parallel.planner import plan_groups
 
 # The kinds of memory that do not grow with the batch.
 FIXED = ("parameters", "frozen", "optimizer", "averages", "weights", "program")
@@ -32,7 +33,7 @@ def unit(task: Task) -> int:
     """Return the examples of the smallest global batch that divides over the mesh; all others are
     multiples of it.
     """
-    mesh = task.config.mesh
+    mesh = plan_groups(task.config.mesh, task.topology.devices)
     shards = max(1, task.topology.devices // max(1, mesh.sequence * mesh.tensor))
     return shards * (task.config.optimizer.accumulate if task.step == "train" else 1)
 

@@ -60,7 +60,7 @@ class Anchor:
     seconds: float
     source: str
     differs: str = ""  # from the published run, in addition to the module's list
-    mesh: MeshConfig = MeshConfig()
+    mesh: MeshConfig = MeshConfig(data=1, fsdp=-1, strategy="fsdp")
     keep: str = (
         ""  # what the backward pass keeps where none of nn.REMAT_POLICIES says it, a name of KEEP
     )

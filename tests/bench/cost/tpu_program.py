@@ -11,7 +11,7 @@ from blip3o_jax.bench.cost import walk
 from blip3o_jax.bench.cost.network import Network
 from blip3o_jax.bench.sharding import topology
 from blip3o_jax.config import MeshConfig
-from blip3o_jax.parallel.mesh import make_mesh
+from blip3o_jax.parallel.rules import Strategy
 from blip3o_jax.train.flops import count_flops
 
 LAYERS = 5
@@ -19,7 +19,7 @@ LAYERS = 5
 
 def main() -> None:
     where = topology.parse("v5e:2x2")
-    mesh = make_mesh(MeshConfig(fsdp=4), topology.make_devices(where))
+    mesh = Strategy.of(MeshConfig(fsdp=4), topology.make_devices(where)).mesh
     at = lambda *spec: NamedSharding(mesh, PartitionSpec(*spec))
 
     def loss(w, x):

@@ -16,9 +16,9 @@ from tests import tiny
 CONFIG = tiny.run_config()
 
 
-def test_parameters_that_do_not_divide_are_kept_several_times_over(monkeypatch):
-    """Use a width of 20, which does not divide over 8 chips; over 4 of them, twice, it does. Not
-    where the user has set the mesh."""
+def test_the_mesh_is_that_of_a_run(monkeypatch):
+    """Use a width of 20, which does not divide over 8 chips, so that the planner takes 4; what the
+    user has set stays."""
     where = topology.parse("v5e:2x4")
     monkeypatch.setattr(topology, "make_devices", lambda where: jax.devices())
     model = dataclasses.replace(

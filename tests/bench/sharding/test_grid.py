@@ -11,7 +11,7 @@ from blip3o_jax.bench.isolated_process import REFUSED
 from blip3o_jax.bench.sharding import grid, measure, page, topology
 from blip3o_jax.bench.sharding.compiled_step import FITS, TOO_LARGE
 from blip3o_jax.bench.sharding.page import LIMITERS
-from blip3o_jax.config import MeshConfig, UserError, loader
+from blip3o_jax.config import UserError
 from blip3o_jax.parallel.chips import CHIPS
 from tests import tiny
 
@@ -223,54 +223,6 @@ def test_the_largest_batch_and_those_that_were_tried(tmp_path, monkeypatch, caps
 def test_pareto_front():
     points = [(1, 5), (2, 3), (3, 4), (2, 6), (4, 1)]
     assert page.pareto(points) == [(1, 5), (2, 3), (4, 1)]
-
-
-@pytest.mark.parametrize(
-    ("strategy", "slices", "chosen", "want"),
-    [
-        ("fsdp", 1, {}, {"data": 1, "fsdp": -1, "tensor": 1, "sequence": 1}),
-        ("dp", 1, {}, {"data": -1, "fsdp": 1}),
-        ("fsdp_tp", 1, {}, {"fsdp": -1, "tensor": 2}),
-        ("fsdp_sp", 1, {}, {"fsdp": -1, "sequence": 2}),
-        ("fsdp_tp", 1, {"tensor": 4}, {"fsdp": -1, "tensor": 4}),
-        ("hybrid", 2, {}, {"data": 2, "fsdp": -1, "slices": 2}),
-        ("hybrid_fsdp_tp", 2, {}, {"data": 2, "tensor": 2, "slices": 2}),
-    ],
-)
-def test_mesh_sizes(strategy, slices, chosen, want):
-    config = dataclasses.replace(CONFIG, mesh=MeshConfig(**chosen))
-    mesh = grid.mesh_for(config, strategy, topology.parse("v5e:2x4", slices), frozenset(chosen))
-    assert mesh.strategy == strategy
-    assert {name: getattr(mesh, name) for name in want} == want
-
-
-def test_no_shard_is_narrower_than_a_tile():
-    """Split 2048 columns into 16 pieces of 128 each; where there are more chips, they hold
-    replicas."""
-    config, where = loader.load("configs/pretrain.py:1.7b"), topology.parse("v5p:4x4x4")
-    sizes = lambda strategy, config, where, **chosen: [
-        getattr(
-            grid.mesh_for(
-                dataclasses.replace(config, mesh=MeshConfig(**chosen)),
-                strategy,
-                where,
-                frozenset(chosen),
-            ),
-            axis,
-        )
-        for axis in ("data", "fsdp", "sequence", "tensor")
-    ]
-    assert sizes("fsdp", config, where) == [-1, 16, 1, 1]
-    assert sizes("fsdp_tp", config, where) == [-1, 16, 1, 2]
-    assert sizes("fsdp", config, topology.parse("v5p:2x2x2")) == [1, -1, 1, 1], (
-        "eight chips have room"
-    )
-    assert sizes("fsdp", config, where, fsdp=64) == [1, 64, 1, 1], "what the user says"
-    assert sizes("fsdp", config, where, fsdp=-1) == [1, -1, 1, 1], "also when it is all of them"
-    assert sizes("fsdp_tp", config, topology.parse("v5p:4x4x5")) == [-1, 8, 1, 2], (
-        "16 into 40 does not go"
-    )
-    assert sizes("fsdp", loader.load("configs/pretrain.py:0.6b"), where) == [-1, 8, 1, 1]
 
 
 def test_batch_per_chip():
