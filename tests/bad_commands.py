@@ -160,7 +160,6 @@ def bad_values(action: argparse.Action) -> list[str]:
         return [
             "fdsp=8",
             "fsdp=x",
-            "fsdp=0",
             "fsdp=-2",
             "data=-1,fsdp=-1",
             f"fsdp={HUGE}",
