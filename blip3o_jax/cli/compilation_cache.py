@@ -16,8 +16,8 @@ VARIABLE = "JAX_COMPILATION_CACHE_DIR"
 
 def set_compilation_cache(directory: pathlib.Path | None) -> None:
     """Set JAX's compilation cache to `directory`; None: to what JAX_COMPILATION_CACHE_DIR says,
-    else to `compiled/` of the user's cache directory. JAX_ENABLE_COMPILATION_CACHE=false turns it
-    off.
+    else to `compiled/MACHINE` in the user's cache directory. JAX_ENABLE_COMPILATION_CACHE=false
+    turns it off.
 
     The variable is set, not JAX's option, so that this needs no import of JAX and processes that a
     command starts share the directory.
@@ -25,7 +25,8 @@ def set_compilation_cache(directory: pathlib.Path | None) -> None:
     if directory is not None:
         directory.mkdir(parents=True, exist_ok=True)
         os.environ[VARIABLE] = str(directory.absolute())
-        # JAX reads the variable when it is imported.
+        # JAX reads the variable when it is imported; a program that has imported it and calls a
+        # command keeps its own default.
         if "jax" in sys.modules:
             sys.modules["jax"].config.update("jax_compilation_cache_dir", os.environ[VARIABLE])
     elif VARIABLE not in os.environ:

@@ -322,9 +322,15 @@ def _source_change(old: dict[str, Any], new: dict[str, Any]) -> str:
     """Return how a source differs from the one at the same position of the checkpoint's mixture."""
     found = [
         f"its {name} was {old[name]}, now it is {new[name]}"
-        for name in ("weight", "shape", "length_digest")
-        if name in old.keys() & new.keys() and old[name] != new[name]
+        for name in ("weight", "shape")
+        if old[name] != new[name]
     ]
+    digests = [source.get("length_digest") for source in (old, new)]
+    if None not in digests and digests[0] != digests[1]:
+        found.append(
+            "the tokens of its records are not those of before (their text, the template,"
+            " data.too_long, or a record that can no longer be read)"
+        )
     if old["digest"] != new["digest"]:
         was = "" if old["name"] == new["name"] else f" ({old['name']} then)"
         found.insert(

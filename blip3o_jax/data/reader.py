@@ -121,9 +121,10 @@ class Reader:
                 return self.join(rows, records)
             except RowTooLong as error:
                 # A record without a slot, since it could not be read when the rows were planned.
+                # Not `skip`, which may end the run: no text is too long.
                 search, _, record = found.pop()
                 reason = f"shares a row that {error.reason}"
-                search.skip(BadRecord(record.shard, record.key, reason, TOO_LONG))
+                search.skipped.append(BadRecord(record.shard, record.key, reason, TOO_LONG))
 
 
 class _RecordSearch:

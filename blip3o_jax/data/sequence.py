@@ -27,7 +27,7 @@ stands for the ids of the filled-in user turn, u and a for those of "user\n" and
 - The image span is the index of the scale token; the n image tokens follow. The diffusion head is
   conditioned on the hidden states of <S0>, <I7>, <I4>.
 - Segment ids separate the examples of a packed row, 0 is padding; positions restart at each
-  example and run on through the padding.
+  example and run on through the padding (packed rows: 0 there).
 
 With `data.pack` E above 1 a row holds up to E examples, one after the other (`pack_rows`). Arrays
 of ROW_FIELDS have the leading dimension [rows], all others [rows, E] until `rows.flatten_packed`

@@ -95,9 +95,9 @@ def choose_row_length(
     lengths_N = np.concatenate(lengths).astype(np.int64)
     if not len(lengths_N):
         raise UserError(
-            f"{sources[0][0].name}: no example can be made of the {count} records that"
-            " data.max_length=0 reads: set data.max_length, and the run says what is wrong with"
-            " each"
+            f"{', '.join(source.name for source, _ in sources)}: no example can be made of the"
+            " records that data.max_length=0 reads: set data.max_length, and the run says what is"
+            " wrong with each"
         )
     weights_N = np.concatenate(weights) / sum(map(np.sum, weights))
     order_N = np.argsort(lengths_N, kind="stable")

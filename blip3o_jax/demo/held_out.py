@@ -82,7 +82,7 @@ def _shortened(stage: Config) -> Config:
 
 
 def _run(stages: dict[str, Config], workdir: pathlib.Path, fast: bool) -> dict[str, Any]:
-    clock = chain.Clock(workdir)
+    clock = chain.Clock(workdir, fast=fast)
     chain.train(stages, workdir, clock)
     with clock("sample held-out captions"):
         pipeline = pipelines.load(workdir / "train")

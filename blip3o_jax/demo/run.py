@@ -51,7 +51,7 @@ def run(workdir: str | pathlib.Path, *, fast: bool = False) -> dict[str, Any]:
 
 
 def _run(workdir: pathlib.Path, fast: bool) -> dict[str, Any]:
-    clock = chain.Clock(workdir)
+    clock = chain.Clock(workdir, fast=fast)
     num_prompts = 28 if fast else 350
     with clock("data"):
         data_dir = builder.prepare(

@@ -16,7 +16,7 @@ AXES = ("data", "fsdp", "sequence", "tensor")
 THREADS_PER_CPU_DEVICE = 8
 
 
-def find_devices(cfg: MeshConfig, devices: Sequence[jax.Device] | None = None) -> list[jax.Device]:
+def mesh_devices(cfg: MeshConfig, devices: Sequence[jax.Device] | None = None) -> list[jax.Device]:
     """Return `devices`, by default all; a machine without an accelerator is split first, as
     `cfg.cpu_devices` says.
     """
@@ -43,7 +43,7 @@ def make_mesh(cfg: MeshConfig, devices: Sequence[jax.Device] | None = None) -> j
     when `cfg.slices` differs from the devices' slices; when JAX cannot lay the mesh onto the chips'
     torus.
     """
-    devices = find_devices(cfg, devices)
+    devices = mesh_devices(cfg, devices)
     sizes = [getattr(cfg, axis) for axis in AXES]
     known = math.prod(s for s in sizes if s > 0)
     if -1 in sizes:
@@ -104,7 +104,7 @@ def _over_slices(slices: int, sizes: list[int], devices: list[jax.Device]) -> np
             f"mesh.slices={slices}: data={sizes[0]} spans the slices, so it must be a multiple"
             f" of their number; set mesh.data to {max(slices, 1)}"
         )
-    there = {getattr(device, "slice_index", 0) for device in devices}
+    there = slices_of(devices)
     if len(there) == 1:
         # A single slice, or processes on one machine: blocks of neighbours stand for slices.
         return np.array(devices).reshape(sizes)

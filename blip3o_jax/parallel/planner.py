@@ -6,7 +6,7 @@
     tensor      2 for fsdp_tp, else 1
     sequence    2 for fsdp_sp, or the devices of a row; else 1
     fsdp        the most devices of a slice that divide every sharded width, and that leave a device
-                TILE columns of it; 1 for dp
+                TILE columns of the widths of large networks; 1 for dp
     data        the rest
 
 Every field of `MeshConfig` that is set stays as it is.
@@ -24,8 +24,8 @@ from blip3o_jax.config import MeshConfig
 TILE = 128
 # More devices a row spend their time on exchanging keys and values.
 MAX_SEQUENCE = 8
-# A width that one part in so many of the parameters has sets the number of shards.
-MAIN = 5
+# Widths that at least this fraction of the parameters has are those of large networks.
+MIN_FRACTION = 1 / 5
 
 
 def plan_mesh(
@@ -49,14 +49,14 @@ def plan_mesh(
     cfg = plan_groups(cfg, devices, slices=slices, rows=rows)
     if cfg.data and cfg.fsdp:
         return cfg
+    if -1 in (cfg.tensor, cfg.sequence, cfg.fsdp):
+        # One axis takes what is left, so that the others have the least that they can have.
+        return dataclasses.replace(cfg, data=cfg.data or cfg.slices, fsdp=cfg.fsdp or 1)
     if cfg.fsdp or cfg.strategy.removeprefix("hybrid_") == "dp":
-        # At most one of the two takes what is left.
-        return dataclasses.replace(
-            cfg, data=cfg.data or (1 if cfg.fsdp == -1 else -1), fsdp=cfg.fsdp or 1
-        )
+        return dataclasses.replace(cfg, data=cfg.data or -1, fsdp=cfg.fsdp or 1)
     if cfg.data:
         return dataclasses.replace(cfg, fsdp=1 if cfg.data == -1 else -1)
-    groups = cfg.slices * max(1, cfg.tensor) * max(1, cfg.sequence)
+    groups = cfg.slices * cfg.tensor * cfg.sequence
     within_slice = devices // groups
     if devices % groups:  # an error of the mesh, which names what was set
         return dataclasses.replace(cfg, data=cfg.slices, fsdp=-1)
@@ -76,7 +76,9 @@ def plan_groups(cfg: MeshConfig, devices: int, *, slices: int = 1, rows: int = 0
         free = cfg.data < 1 and cfg.fsdp < 1 and cfg.sequence < 2
         few = 0 < rows < devices and cfg.tensor < 2 and free
         each = devices // math.gcd(devices, rows) if few else 1
-        if 1 < each <= MAX_SEQUENCE:
+        # Rows and latents have power-of-two lengths; a row lies within a slice.
+        divides = each & (each - 1) == 0 and devices % (slices * each) == 0
+        if 1 < each <= MAX_SEQUENCE and divides:
             strategy = "hybrid_fsdp_sp" if slices > 1 else "fsdp_sp"
             sequence = sequence or each
         elif cfg.tensor > 1 or cfg.tensor == -1:
@@ -101,8 +103,10 @@ def _max_shards(devices: int, widths: Mapping[int, int]) -> int:
     common = math.gcd(devices, *widths)
     # Small networks have little to gather, in pieces of any size.
     total = sum(widths.values())
-    narrowest = min(width for width, count in widths.items() if MAIN * count >= total)
+    large = [width for width, count in widths.items() if count >= MIN_FRACTION * total]
+    narrowest = min(large or widths)
     divisors = [number for number in range(1, common + 1) if common % number == 0]
-    # A width of at most a tile cannot be sharded in tiles: then memory decides, not the time.
-    whole = [number for number in divisors if narrowest // number >= TILE or narrowest <= TILE]
+    # A width of less than two tiles cannot be sharded in tiles: then memory decides, not the time.
+    narrow = narrowest < 2 * TILE
+    whole = [number for number in divisors if narrow or narrowest // number >= TILE]
     return max(whole, default=1)

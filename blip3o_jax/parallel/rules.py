@@ -34,7 +34,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from blip3o_jax import nn
 from blip3o_jax.config import ConfigError, MeshConfig, check_choice
-from blip3o_jax.parallel.mesh import find_devices, make_mesh, slices_of
+from blip3o_jax.parallel.mesh import make_mesh, mesh_devices, slices_of
 from blip3o_jax.parallel.planner import plan_groups, plan_mesh
 from blip3o_jax.part_registry import PART_TABLE
 
@@ -138,7 +138,7 @@ class Strategy:
         what `parameters` returns and `rows` of a micro-batch (planner.py). Raises ConfigError if
         they do not fit.
         """
-        devices = find_devices(cfg, devices)
+        devices = mesh_devices(cfg, devices)
         slices = len(slices_of(devices))
         groups = plan_groups(cfg, len(devices), slices=slices, rows=rows)
         cfg = plan_mesh(

@@ -14,6 +14,7 @@ from blip3o_jax.config import CheckpointConfig, Config, DataConfig, Part, UserEr
 from blip3o_jax.parallel.distributed import log_host0
 from blip3o_jax.parallel.rules import Strategy
 from blip3o_jax.train.checkpoint import Checkpoints, find, read_config, restore_parts, stored_text
+from blip3o_jax.train.checkpoint_steps import all_steps
 from blip3o_jax.train.stages import STAGES
 from blip3o_jax.train.state import WEIGHTS, StatePlan, TrainState, create_state
 
@@ -92,10 +93,10 @@ def _written_by(directory: pathlib.Path) -> Config | None:
 
 
 def saved_row_length(directory: pathlib.Path) -> int:
-    """Return `data.max_length` of the run whose checkpoints lie in `directory`; 0 if there is
-    none.
+    """Return `data.max_length` of the run whose checkpoints lie in `directory`; 0 if it has saved
+    no step, so that other data may be given.
     """
-    before = _written_by(directory)
+    before = _written_by(directory) if all_steps(directory) else None
     return before.data.max_length if before else 0
 
 

@@ -60,7 +60,10 @@ def run_strategy(config: Config, devices: Sequence[jax.Device] | None = None) ->
         config.mesh,
         devices,
         parameters=parameters,
-        rows=config.data.batch_size // (config.optimizer.accumulate * config.data.pack),
+        # Only the networks of the joint stage shard the tokens of a row.
+        rows=config.data.batch_size // (config.optimizer.accumulate * config.data.pack)
+        if config.stage == "joint"
+        else 0,
     )
 
 

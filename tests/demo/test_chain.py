@@ -47,3 +47,7 @@ def test_a_later_start_reports_what_each_part_took(tmp_path, monkeypatch):
     assert further.seconds == {"data": 20.0, "joint": 100.0, "report": 5.0}
     monkeypatch.setattr(chain.resource, "getrusage", lambda who: type("", (), {"ru_maxrss": 1}))
     assert chain.Clock(tmp_path).peak_memory() >= further.peak_memory() > 0.01
+    fast = chain.Clock(tmp_path, fast=True)  # a smoke run does other work
+    with fast("data"):
+        now[0] += 1.0
+    assert fast.seconds == {"data": 1.0} and fast.peak_memory() < 0.01

@@ -1,11 +1,13 @@
 """Check the strategies and meshes that are chosen."""
 
+import jax
 import pytest
 
 from blip3o_jax.config import MeshConfig, loader
 from blip3o_jax.parallel import rules
 from blip3o_jax.parallel.planner import plan_groups, plan_mesh
 from blip3o_jax.train import state
+from tests import tiny
 
 AXES = ("data", "fsdp", "sequence", "tensor")
 
@@ -55,16 +57,17 @@ def test_the_published_sizes(published, devices, slices, rows, strategy, data, f
         ({"strategy": "fsdp_tp", "tensor": 4}, (-1, 16, 1, 4)),
         ({"tensor": 2}, (-1, 16, 1, 2)),
         ({"fsdp": 64}, (-1, 64, 1, 1)),
-        ({"fsdp": -1}, (-1, -1, 1, 1)),
+        ({"fsdp": -1}, (1, -1, 1, 1)),
         ({"data": -1}, (-1, 1, 1, 1)),
+        ({"tensor": -1}, (1, 1, 1, -1)),
+        ({"sequence": -1, "data": 2}, (2, 1, -1, 1)),
+        ({"fsdp": -1, "slices": 2}, (2, -1, 1, 1)),
         ({"data": 2}, (2, -1, 1, 1)),
         ({"data": 8, "fsdp": 8}, (8, 8, 1, 1)),
     ],
 )
 def test_what_is_set_stays(given, want):
     mesh = plan_mesh(MeshConfig(**given), 64, widths=lambda: {2048: 1})
-    if given == {"fsdp": -1}:  # all devices: nothing is left for data
-        want = (1, *want[1:])
     assert tuple(getattr(mesh, axis) for axis in AXES) == want
     assert {name: getattr(mesh, name) for name in given} == given
     assert plan_mesh(mesh, 64) == mesh
@@ -77,7 +80,8 @@ def test_what_is_set_stays(given, want):
         (64, {1152: 1}, 8),  # pieces of 144; 16 would leave 72
         (64, {2048: 100, 1152: 1}, 16),  # a small network may have pieces of 72
         (64, {2048: 100, 1000: 1}, 8),  # but they must divide
-        (8, {32: 1}, 8),  # no wider than a tile: memory decides
+        (8, {32: 1}, 8),  # narrower than two tiles: memory decides
+        (8, {128 * n: 1 for n in range(1, 9)}, 8),  # none is a large one
         (7, {2048: 1}, 1),
     ],
 )
@@ -102,8 +106,20 @@ def test_widths_are_not_asked_for_where_nothing_depends_on_them():
         ({"sequence": 4}, 0, ("fsdp_sp", 4)),
         ({"strategy": "fsdp"}, 4, ("fsdp", 1)),
         ({"data": 4}, 4, ("fsdp", 1)),
+        ({"slices": 4}, 2, ("hybrid", 1)),  # four devices a row, two in a slice
     ],
 )
 def test_devices_share_rows_where_there_are_too_few(given, rows, want):
     mesh = plan_groups(MeshConfig(**given), 8, rows=rows)
     assert (mesh.strategy, mesh.sequence) == want
+
+
+def test_no_rows_are_shared_that_do_not_divide():
+    assert plan_groups(MeshConfig(), 6, rows=4).strategy == "fsdp"
+
+
+@pytest.mark.parametrize(("stage", "want"), [("tokenizer", "fsdp"), ("joint", "fsdp_sp")])
+def test_stages_that_shard_no_rows_share_none(stage, want):
+    """Share none where every device of a group would repeat the same work."""
+    cfg = tiny.run_config(stage=stage, data={"batch_size": 4}, mesh=MeshConfig())
+    assert state.run_strategy(cfg, jax.devices()).name == want
