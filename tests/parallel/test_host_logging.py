@@ -22,6 +22,10 @@ def restored(monkeypatch):
     handler = absl_logging.get_absl_handler().python_handler
     monkeypatch.setattr(handler, "formatter", handler.formatter)
     monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
+    # A command of an earlier test may have captured warnings, within a context of warnings that has
+    # ended: capturing again would do nothing.
+    logging.captureWarnings(False)
+    warnings.simplefilter("always")  # in pytest's own context
     yield root
     logging.captureWarnings(False)
 

@@ -261,7 +261,7 @@ def test_micro_batches_are_the_whole_batch(supervise_prompt):
     (want,), (want_metrics,) = run([batch])
     (got,), (metrics,) = run([batch], accumulate=2)
     assert metrics == pytest.approx(want_metrics, rel=1e-5)
-    assert metrics["tokens"] == np.count_nonzero(batch["segment_ids"]) < batch["tokens"].size
+    assert metrics["totals/tokens"] == np.count_nonzero(batch["segment_ids"]) < batch["tokens"].size
     check_close(list(moments(got)), list(moments(want)), 1e-5)
 
 
