@@ -49,9 +49,9 @@ class LanguageModelConfig(PartConfig, path="model.ar"):
     param_dtype: str
     """Dtype of the parameters."""
     remat: str
-    """What a layer stores for its backward pass: `none` everything, `full` its input alone, `dots`
-    the results of its linear layers and of attention, `offload` the results of its linear layers,
-    in the host's memory. All else is computed again.
+    """Activations that a layer stores for its backward pass: `none` all, `full` its input alone,
+    `dots` the results of its linear layers and of attention, `offload` the results of its linear
+    layers, in the host's memory. All others are computed again.
     """
     unroll: bool
     """Unroll the loop over the layers: faster on CPUs, slower to compile."""

@@ -76,7 +76,7 @@ class DataConfig(ConfigGroup, path="data"):
     max_bad_fraction: Fraction = 0.01
     """Fraction of the examples whose record cannot be read above which the run stops."""
     too_long: Literal["skip", "truncate", "error"] = "skip"
-    """What becomes of a record whose text leaves no room for its image in the row: `skip` counts
+    """Treatment of a record whose text leaves no room for its image in the row: `skip` counts
     and skips it, `truncate` cuts the text and never the image's tokens, `error` ends the run.
     """
     max_pixels: Annotated[int, Bounds(1, 2**31)] = 80_000_000

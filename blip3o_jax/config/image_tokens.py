@@ -43,9 +43,9 @@ class SiglipVisionConfig(ConfigGroup, path="model.tokenizer.encoder"):
     param_dtype: Dtype = "float32"
     """Dtype of the parameters."""
     remat: Remat = "none"
-    """What a layer stores for its backward pass: `none` everything, `full` its input alone, `dots`
-    the results of its linear layers and of attention, `offload` the results of its linear layers,
-    in the host's memory. All else is computed again.
+    """Activations that a layer stores for its backward pass: `none` all, `full` its input alone,
+    `dots` the results of its linear layers and of attention, `offload` the results of its linear
+    layers, in the host's memory. All others are computed again.
     """
     unroll: bool = False
     """Unroll the loop over the layers: faster on CPUs, slower to compile."""
@@ -241,9 +241,9 @@ class TextTowerConfig(ConfigGroup, path="model.text_tower"):
     param_dtype: Dtype = "float32"
     """Dtype of the parameters."""
     remat: Remat = "none"
-    """What a layer stores for its backward pass: `none` everything, `full` its input alone, `dots`
-    the results of its linear layers and of attention, `offload` the results of its linear layers,
-    in the host's memory. All else is computed again.
+    """Activations that a layer stores for its backward pass: `none` all, `full` its input alone,
+    `dots` the results of its linear layers and of attention, `offload` the results of its linear
+    layers, in the host's memory. All others are computed again.
     """
     unroll: bool = False
     """Unroll the loop over the layers: faster on CPUs, slower to compile."""

@@ -73,8 +73,8 @@ class RlConfig(ConfigGroup, path="rl"):
     """
 
     policy: Text = "ar"
-    """What is trained: `ar`, the image tokens by GRPO; `flow`, the diffusion head by Flow-GRPO;
-    `both`; or another policy of rl/registry.py.
+    """Policy that is trained: `ar`, the image tokens by GRPO; `flow`, the diffusion head by
+    Flow-GRPO; `both`; or another policy of rl/registry.py.
     """
     prompts_file: Path = ""
     """File of the prompts: JSON lines of objects with `prompt` or `caption` and the fields that the

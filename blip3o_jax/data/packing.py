@@ -152,13 +152,13 @@ def pack_window(lengths: Sequence[int], max_length: int, pack: int) -> list[list
     too_few = fewest - 1
     count = fewest
     step = 1
-    while (rows := _spread(lengths, longest_first, count, max_length, pack)) is None:
+    while (rows := _place_longest_first(lengths, longest_first, count, max_length, pack)) is None:
         too_few = count
         count = min(len(lengths), count + step)
         step *= 2
     while count - too_few > 1:
         middle = (too_few + count) // 2
-        fewer = _spread(lengths, longest_first, middle, max_length, pack)
+        fewer = _place_longest_first(lengths, longest_first, middle, max_length, pack)
         if fewer is None:
             too_few = middle
         else:
@@ -166,7 +166,7 @@ def pack_window(lengths: Sequence[int], max_length: int, pack: int) -> list[list
     return rows
 
 
-def _spread(
+def _place_longest_first(
     lengths: Sequence[int], longest_first: Sequence[int], count: int, max_length: int, pack: int
 ) -> list[list[int]] | None:
     """Return `count` rows, each example put into the one with the most room; None if one does not

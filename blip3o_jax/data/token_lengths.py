@@ -1,7 +1,8 @@
 """Measure the tokens of a data set's examples before it is read, and choose the row length by them.
 
-Every record's text is tokenized once, by threads, and the lengths are stored in the user's cache
-directory, keyed by the content, the vocabulary and the template. Images are not decoded.
+The text of the records is tokenized by threads, and the lengths are stored in the user's cache
+directory, keyed by the content, the vocabulary and the template. Images are not decoded. The row
+length is chosen by a sample of a large set, packing reads the lengths of all records.
 """
 
 import dataclasses
@@ -50,11 +51,20 @@ def token_lengths(
         if first + host < len(starts):
             start = starts[first + host]
             stop = min(start + _CHUNK, len(source))
-            part = Subset(source, np.arange(start, stop))
-            part.name = f"{source.name}[{start}:{stop}]"
-            own_N[: stop - start] = _scan(part, builder)
+            own_N[: stop - start] = _scan(_chunk(source, start, stop), builder)
         found += [*gather(own_N)] if hosts > 1 else [own_N]
     return np.concatenate(found)[: len(source)]
+
+
+def _chunk(source: Source, start: int, stop: int) -> Source:
+    """Return the records from `start` to `stop`: the source itself where these are all, so that one
+    host and several share the stored lengths.
+    """
+    if (start, stop) == (0, len(source)):
+        return source
+    part = Subset(source, np.arange(start, stop))
+    part.name = f"{source.name}[{start}:{stop}]"
+    return part
 
 
 def _scan(source: Source, builder: ExampleBuilder) -> np.ndarray:

@@ -74,8 +74,8 @@ def quick_compile() -> Iterator[None]:
 class Clock:
     """Measure the seconds of named parts, in order, and the peak memory in GiB, over all starts of
     the demonstration in `workdir`: a part that an earlier start has done keeps what it took then,
-    since a later start finds its result and takes less. Starts with and without `fast` do other
-    work, and count apart.
+    since a later start finds its result and takes less. Starts with and without `fast` do
+    different work and are counted separately.
     """
 
     def __init__(self, workdir: pathlib.Path, *, fast: bool = False) -> None:

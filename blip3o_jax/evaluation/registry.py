@@ -57,7 +57,7 @@ def find_suite(
     if name in SUITES and prompts_file is None:
         if images_per_prompt != 1:
             raise UserError(
-                f"suite {name} draws one image a prompt, not {images_per_prompt}: take more "
+                f"suite {name} samples one image a prompt, not {images_per_prompt}: take more "
                 "--num_prompts"
             )
         return SUITES[name]

@@ -34,7 +34,7 @@ from blip3o_jax.train.checkpoint import RECIPE, Checkpoints
 from blip3o_jax.train.flops import StepFlops, peak_flops
 from blip3o_jax.train.initialize import restore_or_create
 from blip3o_jax.train.memory import check_memory
-from blip3o_jax.train.metrics import GROUPS, MetricLog, SilentLog, Spent
+from blip3o_jax.train.metrics import GROUPS, ElapsedTime, MetricLog, SilentLog
 from blip3o_jax.train.profile_window import ProfileWindow
 from blip3o_jax.train.stages import Batch
 from blip3o_jax.train.state import StatePlan, TrainState, plan_state, run_strategy
@@ -161,7 +161,7 @@ def train(
     `place` follows the run's name in the line of progress, such as "2/5" for the second stage of
     five.
     """
-    spent = Spent()
+    elapsed = ElapsedTime()
     workdir = pathlib.Path(workdir).absolute()
     strategy = run_strategy(config)
     if strategy.mesh.size > 1:
@@ -214,15 +214,15 @@ def train(
             else SilentLog()
         )
         until_done.push(exits.bounded_close(log.close))
-        spent.resume(log.last_row)
+        elapsed.resume(log.last_row)
         log.describe(config_lib.to_dict(config), shlex.join(sys.argv))
         profile = ProfileWindow(workdir / "tensorboard", config.profile_steps)
         until_done.push(exits.bounded_close(profile.close))
         spec.batches.start(log)
-        run = _Run(context, spec, checkpoints, lock, log, profile, stop, watch, spent)
+        run = _Run(context, spec, checkpoints, lock, log, profile, stop, watch, elapsed)
         metrics = run.steps(state)
         # Up to the last step, so that a later start, which has nothing to train, returns the same.
-        total = spent.read() | dict(log.last_row) | metrics
+        total = elapsed.read() | dict(log.last_row) | metrics
     return Summary(
         workdir / "checkpoints",
         config.steps,
@@ -244,7 +244,7 @@ class _Run:
     profile: ProfileWindow
     stop: StopRequest
     watch: Watchdog
-    spent: Spent
+    elapsed: ElapsedTime
 
     @property
     def config(self) -> Config:
@@ -363,7 +363,7 @@ class _Run:
         self.spec.batches.check(step, values)
         evaluated = any(name.startswith("eval/") for name in host_metrics)
         if step in (1, self.config.steps) or step % self.config.log_every == 0 or evaluated:
-            values |= meter.read() | self.spent.read()
+            values |= meter.read() | self.elapsed.read()
             self.log.write(step, values)
         return values
 

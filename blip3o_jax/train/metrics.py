@@ -43,15 +43,15 @@ TERMINAL = {
 HPARAM_METRICS = ("train/loss", "rl/reward")
 
 
-class Spent:
-    """Count what a run has spent, from this moment on and, after `resume`, with all before."""
+class ElapsedTime:
+    """Measure the time of a run, from this moment on and, after `resume`, with all before."""
 
     def __init__(self) -> None:
         self._wall = time.monotonic()
         self._cpu = time.process_time()
 
     def resume(self, row: Mapping[str, Any]) -> None:
-        """Add what the run had spent at `row`, the last that it keeps."""
+        """Add the time of the run up to `row`, the last that it keeps."""
         self._wall -= row.get("perf/elapsed_seconds", 0.0)  # none in rows of older versions
         self._cpu -= row.get("perf/cpu_seconds", 0.0)
 

@@ -149,8 +149,11 @@ def with_row_length(
     """
     if vocabulary is None or config.data.max_length:
         return config
+    # The stages of a recipe have a key each: host 0 may be a stage ahead.
+    key = f"row_length/{workdir.name}"
     if distributed.process_index() > 0:
-        length = int(distributed.wait_for_key("row_length", 3600.0))
+        # Host 0 has set the key before the others come here (`host_0_first`).
+        length = int(distributed.wait_for_key(key, 60.0))
     else:
         length = saved_row_length(workdir / "checkpoints")
         if not length:
@@ -161,7 +164,7 @@ def with_row_length(
             length = chosen.length
             distributed.log_host0(f"data.max_length={length}: {chosen.reason}")
         if distributed.process_count() > 1:
-            distributed.set_key("row_length", str(length))
+            distributed.set_key(key, str(length))
     return dataclasses.replace(config, data=dataclasses.replace(config.data, max_length=length))
 
 

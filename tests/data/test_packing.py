@@ -43,7 +43,10 @@ def test_every_example_is_in_one_row_and_no_row_has_too_many(seed):
     assert max(sum(lengths[n] for n in row) for row in rows) <= max_length
     # One row fewer cannot hold them by this rule.
     longest_first = sorted(range(len(lengths)), key=lambda n: -lengths[n])
-    assert packing._spread(lengths, longest_first, len(rows) - 1, max_length, pack) is None
+    assert (
+        packing._place_longest_first(lengths, longest_first, len(rows) - 1, max_length, pack)
+        is None
+    )
 
 
 @pytest.mark.parametrize(
@@ -110,7 +113,8 @@ def make(hosts=(0, 1), shapes=(None, None), seed=7, **data):
     settings = DataConfig(
         **{"batch_size": 64, "pack": 2, "max_length": MAX_LENGTH, "workers": 0} | data
     )
-    sources = [Texts(name, s.size, shape) for (name, s), shape in zip(SOURCES.items(), shapes)]  # noqa: B905
+    sized = zip(SOURCES.items(), shapes, strict=False)
+    sources = [Texts(name, lengths_N.size, shape) for (name, lengths_N), shape in sized]
     share = settings.batch_size // settings.pack // hosts[1]
     return Loader(
         list(zip(sources, (3.0, 1.0), strict=True)),

@@ -109,6 +109,6 @@ def test_an_unknown_suite_is_refused_before_anything_is_loaded(
 
 
 def test_shapes_has_one_image_a_prompt_and_a_number_of_prompts_of_its_own():
-    with pytest.raises(UserError, match="suite shapes draws one image a prompt, not 4"):
+    with pytest.raises(UserError, match="suite shapes samples one image a prompt, not 4"):
         registry.find_suite("shapes", None, 4)
     assert len(shapes.prompts(None)) == shapes.COUNT

@@ -622,7 +622,7 @@ def test_everything_is_on_disk_before_a_step_is_saved():
         types.SimpleNamespace(before_step=lambda *_: None, after_step=lambda *_: None),
         types.SimpleNamespace(due=lambda step: False),
         types.SimpleNamespace(enter=lambda *_: None),
-        loop.Spent(),
+        loop.ElapsedTime(),
     )
     run.steps({})
     assert called == ["check", "write", "log", "batches", "save"]

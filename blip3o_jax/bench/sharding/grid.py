@@ -95,7 +95,7 @@ def bench(
     """
     check(
         options.step != "rollout" or config.stage == "joint",
-        "--step=rollout draws images, as stage 'joint' learns to: the config's stage is "
+        "--step=rollout samples images, as stage 'joint' learns to: the config's stage is "
         f"{config.stage!r}",
     )
     from blip3o_jax.parallel import rules
